@@ -1,0 +1,199 @@
+"""Which implementation of an operator runs: ``reference``, ``triton`` or ``cuda``, and why.
+
+An operator lists its backends in the order in which ``auto`` tries them. Each has a predicate
+``can_run(call) -> (ok, reason)`` that looks at metadata only (never at data), so that it works on fake
+tensors and inside ``torch.compile``; ``reason`` is one exact sentence when ``ok`` is false.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fused_ops.core import environment
+
+BACKENDS = ("reference", "triton", "cuda")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was requested by name and cannot run; the message has the reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one operator.
+
+    Attributes:
+        name: one of :data:`BACKENDS`.
+        can_run: predicate on the call; one sentence says why not.
+        forward: launcher of the forward pass. The reference has none: it runs as plain PyTorch.
+        backward: launcher of the backward pass, or None where the backend has none.
+    """
+
+    name: str
+    can_run: Callable[[Any], tuple[bool, str]]
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What :func:`choose` decided for one call of one operator."""
+
+    operator: str
+    backend: str
+    requested: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+    module: str = ""
+    call: str = ""
+
+
+# Process-wide, like torch.backends flags: a plain global can be guarded on by torch.compile and is seen
+# by the autograd engine's threads.
+_requested: str | None = None
+_recorder: list[Choice] | None = None
+_module_path: list[str] = []
+_warned: set[str] = set()
+
+
+def requested_backend() -> str:
+    """The backend asked for: by :func:`backend`, else by ``FUSED_OPS_BACKEND``, else ``auto``."""
+    if _requested is not None:
+        return _requested
+    return _environment_backend
+
+
+# Read once: reading the environment inside a traced function would break torch.compile's graph.
+_environment_backend = os.environ.get("FUSED_OPS_BACKEND", environment.VARIABLES["FUSED_OPS_BACKEND"].default)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on the backend ``name``.
+
+    The choice is made when an operator's forward is called; its backward uses the same backend wherever it
+    runs. Process-wide, like ``torch.backends`` flags.
+
+    Args:
+        name: ``reference``, ``triton``, ``cuda`` or ``auto``.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailableError: from the operator call, when the backend cannot run it.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; use one of auto, {', '.join(BACKENDS)}")
+    global _requested
+    previous = _requested
+    _requested = name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
+    """The backend that runs ``call``.
+
+    Raises:
+        BackendUnavailableError: the requested backend is not implemented or cannot run this call.
+    """
+    requested = requested_backend()
+    if requested != "auto" and requested not in BACKENDS:
+        # An import must not fail for a mistyped variable, so the first operator call says it.
+        raise ValueError(
+            f"FUSED_OPS_BACKEND={requested!r} is unknown; use one of auto, {', '.join(BACKENDS)}"
+        )
+    rejected: dict[str, str] = {}
+    chosen = None
+    for candidate in backends:
+        if requested != "auto" and candidate.name != requested:
+            continue
+        ok, reason = candidate.can_run(call)
+        if ok:
+            chosen = candidate
+            break
+        rejected[candidate.name] = reason
+    if chosen is None:
+        if requested not in rejected:
+            rejected[requested] = f"{operator} has no {requested} backend"
+        raise BackendUnavailableError(
+            f"{operator}: backend {requested!r} was requested and cannot run: {rejected[requested]}"
+        )
+    if _recorder is not None:
+        reason = "requested" if requested != "auto" else "first in the order of auto that can run"
+        _recorder.append(
+            Choice(
+                operator,
+                chosen.name,
+                requested,
+                reason,
+                rejected,
+                _module_path[-1] if _module_path else "",
+                str(call),
+            )
+        )
+    if requested == "auto" and chosen.name == "reference" and not torch.compiler.is_compiling():
+        _say_once(operator, call, rejected)
+    return chosen
+
+
+def _say_once(operator: str, call: Any, rejected: dict[str, str]) -> None:
+    # On a CPU the reference is the only sensible choice, and nothing worth a warning; on a GPU the user
+    # expected a kernel.
+    if not call.x.is_cuda or operator in _warned:
+        return
+    _warned.add(operator)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    warnings.warn(
+        f"{operator} runs on the reference path (plain PyTorch): {reasons}. Said once per operator; "
+        "fused_ops.explain(module, input) lists every choice.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Choice]]:
+    """Collect every choice made inside the ``with`` block."""
+    global _recorder
+    previous = _recorder
+    _recorder = []
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+def triton_status() -> tuple[bool, str]:
+    """Whether Triton kernels can run in this process, and if not, why."""
+    try:
+        import triton
+    except ImportError as error:
+        return False, f"Triton cannot be imported ({error})"
+    if environment.interpreting():
+        return True, "Triton's interpreter, on CPU tensors"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is available, and TRITON_INTERPRET=1 was not set before the import"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"the GPU's compute capability is {major}.{minor}; the Triton kernels need 8.0"
+    return True, f"Triton {triton.__version__}"
+
+
+def status() -> dict[str, tuple[bool, str]]:
+    """For every backend: whether it can run anything in this process, and the reason."""
+    from fused_ops.core import native
+
+    return {
+        "reference": (True, "plain PyTorch, any device"),
+        "triton": triton_status(),
+        "cuda": native.status(),
+    }

@@ -1,0 +1,132 @@
+"""One way to define an operator: schema, fake, autograd, FLOP and byte formulas, in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fused_ops.core.backends import Backend
+
+_library = torch.library.Library("fused_ops", "DEF")
+_operators: dict[str, Operator] = {}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator family as tests, bench and ``explain`` see it.
+
+    Attributes:
+        name: name of the family and of its folder.
+        function: public function, ``function(**case.arguments)``.
+        backends: implementations, in the order in which ``auto`` tries them.
+        cases: sample inputs (see :mod:`fused_ops.core.cases`).
+        least_bytes: ``least_bytes(call, direction) -> int``, the bytes that the operator has to move through
+            memory for the schedule that it uses; ``direction`` is ``forward`` or ``backward``.
+        overloads: the torch operators behind it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    backends: tuple[Backend, ...]
+    cases: Callable[[], Sequence[Any]]
+    least_bytes: Callable[[Any, str], int]
+    overloads: tuple[Any, ...]
+
+
+def register(operator: Operator) -> Operator:
+    """Add ``operator`` to the registry over which tests and bench go."""
+    if operator.name in _operators:
+        raise ValueError(f"operator {operator.name!r} is registered already")
+    _operators[operator.name] = operator
+    return operator
+
+
+def operators() -> dict[str, Operator]:
+    """Every registered operator family by name."""
+    return dict(_operators)
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Define the torch operator ``fused_ops::<schema>``.
+
+    The low-level ``Library`` calls are used because a call through ``torch.library.custom_op`` costs several
+    microseconds more on the host.
+
+    Args:
+        schema: name, arguments and returns; functional (no argument is written).
+        implementation: runs it, on CPU and CUDA tensors.
+        fake: output shapes, dtypes and strides from the inputs' metadata.
+        flops: formula for ``torch.utils.flop_counter``, called with shapes in place of tensors.
+        setup_context, backward: autograd, as in ``torch.library.register_autograd``.
+
+    Returns:
+        The operator's default overload.
+    """
+    name = schema[: schema.index("(")]
+    # Strides are part of what a kernel sees, so the compiler must not change them behind its back.
+    _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fused_ops::{name}", fake, lib=_library)
+    packet = getattr(torch.ops.fused_ops, name)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fused_ops::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether stock PyTorch would give an operator on ``x`` a channels_last output.
+
+    The rule of PyTorch's ``suggest_memory_format``: also true for channel slices of channels_last tensors,
+    false where both layouts describe the strides.
+    """
+    if x.dim() != 4 or x.stride(1) == 0:
+        return False
+    smallest = 0
+    for dimension in (1, 3, 2, 0):
+        size, stride = x.shape[dimension], x.stride(dimension)
+        if size == 0 or stride < smallest:
+            return False
+        if dimension == 0 and smallest == x.stride(1):
+            return False
+        smallest = stride * size if size > 1 else stride
+    return True
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Memory format of the output of an operator on ``x``."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def empty(shape: Iterable[int], like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised tensor of ``shape`` in the layout, dtype and device of ``like``.
+
+    Implementations and fakes both allocate with it, so that they cannot disagree on strides.
+    """
+    return torch.empty(
+        tuple(shape),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=memory_format(like),
+    )
+
+
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What an operator returns in place of an output that nobody asked for."""
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)

@@ -1,0 +1,169 @@
+"""Sample inputs of the depthwise operator: shapes of real models, and awkward ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fused_ops.core.cases import Case, make_map
+
+
+def _case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    *tags: str,
+    kernel: int | tuple[int, int] = 3,
+    bias: bool = False,
+    norm: str = "none",
+    training: bool = False,
+    affine: bool = True,
+    mean: float = 0.3,
+    residual: str = "none",
+    identity: bool = False,
+    model: str = "",
+    calls: int = 1,
+    **options: Any,
+) -> Case:
+    """A case with random filters and, for ``norm`` pre or post, random affine parameters and statistics."""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    channels = shape[1]
+
+    def make(
+        generator: torch.Generator, dtype: torch.dtype, device: torch.device, layout: str
+    ) -> dict[str, Any]:
+        from fused_ops.depthwise.op import BatchNormState
+
+        def vector(centre: float, spread: float, requires_grad: bool = True) -> torch.Tensor:
+            values = centre + spread * torch.randn(channels, generator=generator, dtype=torch.float64)
+            return values.to(device=device, dtype=parameter_dtype).requires_grad_(requires_grad)
+
+        # Parameters stay in float32 under half-precision activations, as in mixed-precision training.
+        parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        x = make_map(shape, generator, dtype, device, layout, mean=mean)
+        scale = (kernel[0] * kernel[1]) ** -0.5
+        weight = scale * torch.randn((channels, 1, *kernel), generator=generator, dtype=torch.float64)
+        weight = weight.to(device=device, dtype=parameter_dtype).requires_grad_()
+        arguments: dict[str, Any] = {"x": x, "weight": weight, **options}
+        arguments.setdefault("padding", "same")
+        if bias:
+            arguments["bias"] = vector(0.0, 0.5)
+        if norm != "none":
+            arguments["norm"] = BatchNormState(
+                vector(1.0, 0.2) if affine else None,
+                vector(0.0, 0.2) if affine else None,
+                vector(mean, 0.1, False),
+                vector(1.0, 0.1, False).abs_(),
+                training,
+                0.1,
+                1e-5,
+            )
+            arguments["norm_placement"] = norm
+        if identity:
+            arguments["residual"] = x
+        elif residual != "none":
+            with torch.no_grad():
+                plain = {key: arguments[key] for key in ("stride", "padding", "dilation") if key in arguments}
+                out_shape = _output_shape(shape, kernel, **plain)
+            arguments["residual"] = make_map(out_shape, generator, dtype, device, layout)
+        if residual != "none":
+            arguments["residual_placement"] = residual
+        return arguments
+
+    tags = (*tags, "training") if training else tags
+    return Case(name, make, frozenset(tags), model, calls)
+
+
+def _output_shape(
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    stride: int = 1,
+    padding: int | str = "same",
+    dilation: int = 1,
+) -> tuple[int, int, int, int]:
+    sizes = []
+    for size, width in zip(shape[2:], kernel, strict=True):
+        pad = dilation * (width // 2) if padding == "same" else padding
+        sizes.append((size + 2 * pad - dilation * (width - 1) - 1) // stride + 1)
+    return (shape[0], shape[1], *sizes)
+
+
+def cases() -> Sequence[Case]:
+    """All cases. ``tiny`` ones have few enough programs for Triton's interpreter."""
+    tiny = [
+        _case("conv", (2, 8, 5, 6), "tiny"),
+        _case("conv_bias_gelu_residual", (1, 12, 7, 4), "tiny", bias=True, activation="gelu", residual="after"),
+        _case("identity", (2, 16, 6, 5), "tiny", bias=True, residual="after", identity=True, model="dsnet"),
+        _case("identity_before_relu", (1, 8, 4, 9), "tiny", activation="relu", residual="before", identity=True),
+        _case("post_eval_relu6", (2, 8, 5, 5), "tiny", norm="post", activation="relu6"),
+        _case("post_eval_residual_before", (1, 8, 5, 3), "tiny", norm="post", activation="relu", residual="before"),
+        _case("post_train_silu", (3, 8, 5, 6), "tiny", norm="post", training=True, activation="silu"),
+        _case("post_train_none", (2, 20, 9, 5), "tiny", norm="post", training=True, bias=True),
+        _case(
+            "post_train_identity_before",
+            (2, 8, 6, 5),
+            "tiny",
+            norm="post",
+            training=True,
+            activation="hardswish",
+            residual="before",
+            identity=True,
+        ),
+        _case(
+            "post_train_residual_after",
+            (2, 8, 4, 4),
+            "tiny",
+            norm="post",
+            training=True,
+            activation="gelu_tanh",
+            residual="after",
+        ),
+        _case("pre_eval", (2, 16, 5, 7), "tiny", norm="pre", bias=True, residual="after", identity=True),
+        _case("pre_train", (2, 16, 8, 6), "tiny", norm="pre", training=True, bias=True, residual="after", identity=True),
+        _case("pre_train_relu", (2, 8, 5, 5), "tiny", norm="pre", training=True, activation="relu"),
+        _case("no_affine", (2, 8, 5, 5), "tiny", norm="post", training=True, affine=False),
+        _case("one_channel", (2, 1, 5, 5), "tiny", "awkward", norm="post", training=True),
+        _case("three_channels", (2, 3, 3, 17), "tiny", "awkward", bias=True, activation="gelu"),
+        _case("one_pixel", (3, 8, 1, 1), "tiny", "awkward", norm="post", training=True),
+        _case("one_column", (2, 8, 11, 1), "tiny", "awkward", norm="pre", training=True),
+        _case("large_mean", (2, 8, 6, 6), "tiny", "awkward", norm="post", training=True, mean=1e3),
+        _case("large_mean_pre", (2, 8, 6, 6), "tiny", "awkward", norm="pre", training=True, mean=1e3),
+    ]  # fmt: skip
+    general = [
+        _case("stride2", (2, 8, 7, 8), stride=2, padding=1, norm="post", training=True, activation="relu"),
+        _case("kernel5", (2, 8, 7, 6), kernel=5, norm="post", training=True, activation="silu"),
+        _case("kernel7_bias", (1, 6, 9, 8), kernel=7, bias=True),
+        _case("kernel3x5_dilation2", (1, 6, 9, 12), kernel=(3, 5), dilation=2),
+        _case("no_padding", (2, 8, 6, 6), padding=0, bias=True, activation="relu"),
+        _case("empty", (0, 8, 6, 6), "awkward", norm="post"),
+    ]
+    # Stage sizes of DS-Net at 224 (positional convolution on d channels, local branch on d / 2).
+    model = [
+        _case(
+            f"dsnet_positional_{channels}x{size}",
+            (128, channels, size, size),
+            "model",
+            bias=True,
+            residual="after",
+            identity=True,
+            model="dsnet_small",
+            calls=depth,
+        )
+        for channels, size, depth in ((64, 56, 3), (128, 28, 4), (320, 14, 8), (512, 7, 3))
+    ] + [
+        _case(
+            f"dsnet_local_{channels}x{size}",
+            (128, channels, size, size),
+            "model",
+            norm="pre",
+            training=True,
+            bias=True,
+            residual="after",
+            identity=True,
+            model="dsnet_small",
+            calls=depth,
+        )
+        for channels, size, depth in ((32, 56, 3), (64, 28, 4), (160, 14, 8), (256, 7, 3))
+    ]
+    return (*tiny, *general, *model)

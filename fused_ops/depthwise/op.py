@@ -1,0 +1,668 @@
+"""The depthwise operator: argument checks, choice of backend, torch operators, autograd, formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_ops.core import library
+from fused_ops.core.backends import Backend, choose
+from fused_ops.depthwise import cuda, reference, triton
+from fused_ops.depthwise.cases import cases
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class BatchNormState(NamedTuple):
+    """What one call of a BatchNorm uses.
+
+    Attributes:
+        weight, bias: affine parameters (C), or None.
+        running_mean, running_var: running statistics (C), or None. Updated in place by the operator when
+            ``batch_stats`` and not None.
+        batch_stats: normalise with the batch's own statistics.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch_stats: bool
+    momentum: float
+    eps: float
+
+    @classmethod
+    def from_module(cls, norm: nn.BatchNorm2d) -> BatchNormState:
+        """State of ``norm`` for one forward pass, with the rules of ``torch.nn.BatchNorm2d.forward``.
+
+        Counts the batch in ``num_batches_tracked`` when in training, so call it once per forward.
+
+        Raises:
+            TypeError: ``norm`` is not a BatchNorm2d, or synchronises over processes (not supported yet).
+        """
+        if isinstance(norm, nn.SyncBatchNorm) or not isinstance(norm, nn.BatchNorm2d):
+            raise TypeError(f"norm is a {type(norm).__name__}; it must be a torch.nn.BatchNorm2d")
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
+        tracked = not norm.training or norm.track_running_stats
+        return cls(
+            norm.weight,
+            norm.bias,
+            norm.running_mean if tracked else None,
+            norm.running_var if tracked else None,
+            batch_stats,
+            momentum,
+            norm.eps,
+        )
+
+
+@dataclass
+class DepthwiseCall:
+    """One checked call: what a backend's ``can_run`` and launchers see.
+
+    ``residual`` is None when ``identity`` says that the residual is ``x`` itself. ``mean`` and ``var`` are
+    the running statistics when ``batch_stats`` is false, else None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    residual: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    norm: str
+    batch_stats: bool
+    eps: float
+    activation: str
+    residual_mode: str
+    identity: bool
+    keep_raw: bool = False
+    needs_grad: bool = False
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return (self.weight.shape[2], self.weight.shape[3])
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, padding, dilation, kernel, stride in zip(
+                self.x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return (self.x.shape[0], self.x.shape[1], height, width)
+
+    def __str__(self) -> str:
+        kernel = "x".join(map(str, self.kernel_size))
+        layout = "channels_last" if library.is_channels_last(self.x) else "NCHW"
+        norm = "no norm"
+        if self.norm != "none":
+            statistics = "batch" if self.batch_stats else "running"
+            norm = f"{self.norm}-norm with {statistics} statistics"
+        residual = "identity" if self.identity else "residual"
+        residual = "" if self.residual_mode == "none" else f", {residual} {self.residual_mode} activation"
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return (
+            f"{kernel} stride {self.stride[0]} on {tuple(self.x.shape)} {dtype} {layout}, {norm}, "
+            f"activation {self.activation}{residual}"
+        )
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(entry, int) or entry < least for entry in pair):
+        raise ValueError(f"{name}={value!r} is not allowed; give one or two integers of at least {least}")
+    return pair
+
+
+def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
+    if vector is None:
+        return
+    if tuple(vector.shape) != (x.shape[1],):
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}; it must be ({x.shape[1]},), one per channel"
+        )
+    _check_companion(name, vector, x)
+
+
+def _check_companion(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be where x is, on {x.device}")
+    if tensor.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32 or that of x, {x.dtype}")
+
+
+def _checked_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    norm: BatchNormState | None,
+    norm_placement: str,
+    activation: str,
+    residual: Tensor | None,
+    residual_placement: str,
+) -> DepthwiseCall:
+    if x.dim() != 4:
+        raise ValueError(f"x has {x.dim()} dimensions; it must be (B, C, H, W)")
+    if x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"x has dtype {x.dtype}; use float32, float16, bfloat16 or float64")
+    channels = x.shape[1]
+    if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be ({channels}, 1, kh, kw), one filter per "
+            f"channel of x"
+        )
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f"weight has a {weight.shape[2]}x{weight.shape[3]} kernel; sizes must be odd")
+    _check_companion("weight", weight, x)
+    _check_vector("bias", bias, x)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, and stride={stride}")
+        padding = tuple(d * (k // 2) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    elif isinstance(padding, str):
+        raise ValueError(f"padding={padding!r} is not allowed; use 'same' or integers")
+    padding = _pair("padding", padding, 0)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    if norm_placement not in ("pre", "post"):
+        raise ValueError(f"norm_placement={norm_placement!r} is not allowed; use 'pre' or 'post'")
+    if residual_placement not in ("before", "after"):
+        raise ValueError(
+            f"residual_placement={residual_placement!r} is not allowed; use 'before' or 'after' (the activation)"
+        )
+    if norm is not None:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _check_vector(f"norm.{name}", getattr(norm, name), x)
+        if not norm.batch_stats and (norm.running_mean is None or norm.running_var is None):
+            raise ValueError("norm has no running statistics, so batch_stats must be true")
+    batch_stats = norm is not None and norm.batch_stats
+    running = norm is not None and not batch_stats
+    identity = residual is x
+    call = DepthwiseCall(
+        x,
+        weight,
+        bias,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        None if identity else residual,
+        stride,
+        padding,
+        dilation,
+        "none" if norm is None else norm_placement,
+        batch_stats,
+        1e-5 if norm is None else norm.eps,
+        activation,
+        "none" if residual is None else residual_placement,
+        identity,
+    )
+    height, width = call.output_shape[2:]
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"x is {x.shape[2]}x{x.shape[3]}, too small for a {weight.shape[2]}x{weight.shape[3]} kernel with "
+            f"padding {padding} and dilation {dilation}"
+        )
+    if residual is not None:
+        if tuple(residual.shape) != call.output_shape:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}; it must be that of the output, {call.output_shape}"
+            )
+        if residual.dtype != x.dtype or residual.device != x.device:
+            raise TypeError(
+                f"residual is {residual.dtype} on {residual.device}; it must be as x, {x.dtype} on {x.device}"
+            )
+    if batch_stats:
+        normalised = call.output_shape if norm_placement == "post" else tuple(x.shape)
+        if normalised[0] * normalised[2] * normalised[3] == 1:
+            # torch's own words, so that code that looks for them goes on working.
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {normalised}"
+            )
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, weight, bias, call.norm_weight, call.norm_bias, residual)
+    )
+    call.needs_grad = needs_grad
+    norm_grad = norm_placement == "post" and any(
+        tensor is not None and tensor.requires_grad for tensor in (call.norm_weight, call.norm_bias)
+    )
+    call.keep_raw = needs_grad and (
+        activation != "none" or (norm is not None and norm_placement == "post" and (batch_stats or norm_grad))
+    )
+    return call
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    norm: BatchNormState | None = None,
+    norm_placement: str = "post",
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_placement: str = "after",
+) -> Tensor:
+    """Depthwise convolution fused with BatchNorm, activation and residual.
+
+    ``norm_placement="post"``: ``act(BN(conv(x)))``. ``"pre"``: ``act(conv(BN(x)))``, where the padding stays
+    zero after the norm. The residual is added after or before the activation; passing ``x`` itself is
+    recognised, and the kernels then read it once.
+
+    Under autocast ``x`` and ``residual`` are cast to its dtype; parameters are used as they are (float32
+    weights are not rounded by the kernels).
+
+    Args:
+        x: (B, C, H, W), channels_last or NCHW, slices too; float32, float16, bfloat16 or float64.
+        weight: (C, 1, kh, kw) with odd sizes; the dtype of ``x`` or float32.
+        bias: (C), or None.
+        stride, padding, dilation: as in ``torch.nn.functional.conv2d``; ``padding="same"`` at stride 1.
+        norm: state of the BatchNorm, see :meth:`BatchNormState.from_module`. Its running statistics are
+            updated in place when it uses the batch's.
+        activation: none, relu, relu6, silu, gelu (exact), gelu_tanh or hardswish.
+        residual: (B, C, Ho, Wo) in the dtype of ``x``, or None.
+
+    Returns:
+        (B, C, Ho, Wo) in the dtype of ``x`` (under autocast, in its dtype) and the memory format of ``x``.
+
+    Raises:
+        ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
+        fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        identity = residual is x
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(dtype)
+        if identity:
+            residual = x
+        elif residual is not None and residual.dtype != torch.float64:
+            residual = residual.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return depthwise_conv(
+                x,
+                weight,
+                bias,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                norm=norm,
+                norm_placement=norm_placement,
+                activation=activation,
+                residual=residual,
+                residual_placement=residual_placement,
+            )
+    call = _checked_call(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        norm,
+        norm_placement,
+        activation,
+        residual,
+        residual_placement,
+    )
+    backend = choose("depthwise", BACKENDS, call)
+    if backend.name == "reference":
+        return _reference(call, norm)
+    out, _, mean, var = FORWARD(
+        call.x,
+        call.weight,
+        call.bias,
+        call.norm_weight,
+        call.norm_bias,
+        call.mean,
+        call.var,
+        call.residual,
+        call.stride,
+        call.padding,
+        call.dilation,
+        call.norm,
+        call.batch_stats,
+        call.eps,
+        call.activation,
+        call.residual_mode,
+        call.identity,
+        call.keep_raw,
+        backend.name,
+    )
+    if call.batch_stats and norm.running_mean is not None:
+        shape = call.output_shape if call.norm == "post" else call.x.shape
+        _update_running(norm, mean, var, shape[0] * shape[2] * shape[3])
+    return out
+
+
+def _update_running(norm: BatchNormState, mean: Tensor, var: Tensor, count: int) -> None:
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+
+
+def _reference(call: DepthwiseCall, norm: BatchNormState | None) -> Tensor:
+    return reference.depthwise(
+        call.x,
+        call.weight,
+        call.bias,
+        call.norm_weight,
+        call.norm_bias,
+        None if norm is None else norm.running_mean,
+        None if norm is None else norm.running_var,
+        call.x if call.identity else call.residual,
+        stride=call.stride,
+        padding=call.padding,
+        dilation=call.dilation,
+        norm=call.norm,
+        batch_stats=call.batch_stats,
+        momentum=0.0 if norm is None else norm.momentum,
+        eps=call.eps,
+        activation=call.activation,
+        residual_mode=call.residual_mode,
+    )
+
+
+_OPTIONS = (
+    "int[2] stride, int[2] padding, int[2] dilation, str norm, bool batch_stats, float eps, "
+    "str activation, str residual_mode, bool identity"
+)
+_FORWARD_SCHEMA = (
+    "depthwise_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    f"Tensor? mean, Tensor? var, Tensor? residual, {_OPTIONS}, bool keep_raw, str backend) "
+    "-> (Tensor out, Tensor raw, Tensor batch_mean, Tensor batch_var)"
+)
+_BACKWARD_SCHEMA = (
+    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+    f"Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor? residual, Tensor? raw, {_OPTIONS}, "
+    "bool[] needs, str backend) "
+    "-> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad, Tensor norm_weight_grad, "
+    "Tensor norm_bias_grad, Tensor residual_grad)"
+)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _call_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+) -> DepthwiseCall:
+    stride, padding, dilation, *rest = options
+    return DepthwiseCall(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        mean,
+        var,
+        residual,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        *rest,
+    )
+
+
+def allocate_forward(call: DepthwiseCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the forward operator: out, raw (absent unless kept), batch mean and variance."""
+    out = library.empty(call.output_shape, call.x)
+    raw = library.empty(call.output_shape, call.x) if call.keep_raw else library.absent(call.x)
+    count = call.x.shape[1] if call.batch_stats else 0
+    mean, var = (call.x.new_empty(count, dtype=_statistics_dtype(call.x)) for _ in range(2))
+    return out, raw, mean, var
+
+
+def allocate_backward(call: DepthwiseCall, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias, norm_weight, norm_bias, residual; absent where not needed."""
+    sources = (call.x, call.weight, call.bias, call.norm_weight, call.norm_bias, call.residual)
+    gradients = []
+    for index, (source, needed) in enumerate(zip(sources, needs, strict=True)):
+        if not needed or source is None:
+            gradients.append(library.absent(call.x if source is None else source))
+        elif index == 5:
+            gradients.append(library.empty(call.output_shape, call.x))
+        else:
+            gradients.append(library.empty(source.shape, source))
+    return tuple(gradients)
+
+
+def _forward(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options):
+    *options, keep_raw, backend = options
+    call = _call_of(x, weight, bias, norm_weight, norm_bias, mean, var, residual, options)
+    call.keep_raw = keep_raw
+    return _BY_NAME[backend].forward(call, *allocate_forward(call))
+
+
+def _forward_fake(x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options):
+    *options, keep_raw, _ = options
+    call = _call_of(x, weight, bias, norm_weight, norm_bias, mean, var, residual, options)
+    call.keep_raw = keep_raw
+    return allocate_forward(call)
+
+
+def _backward(grad, x, weight, bias, norm_weight, norm_bias, mean, var, residual, raw, *options):
+    *options, needs, backend = options
+    call = _call_of(x, weight, bias, norm_weight, norm_bias, mean, var, residual, options)
+    return _BY_NAME[backend].backward(call, grad, raw, list(needs), *allocate_backward(call, needs))
+
+
+def _backward_fake(grad, x, weight, bias, norm_weight, norm_bias, mean, var, residual, raw, *options):
+    *options, needs, _ = options
+    call = _call_of(x, weight, bias, norm_weight, norm_bias, mean, var, residual, options)
+    return allocate_backward(call, needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options, keep_raw, backend = inputs
+    _, raw, batch_mean, batch_var = output
+    ctx.options = tuple(options)
+    ctx.backend = backend
+    batch_stats = options[4]
+    identity = options[8]
+    statistics = (batch_mean, batch_var) if batch_stats else (mean, var)
+    needs_residual = options[7] == "before" and options[6] != "none" and not identity
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        *statistics,
+        residual if needs_residual else None,
+        raw if keep_raw else None,
+    )
+    ctx.mark_non_differentiable(raw, batch_mean, batch_var)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, *_):
+    x, weight, bias, norm_weight, norm_bias, mean, var, residual, raw = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    needs = [needed[index] for index in (0, 1, 2, 3, 4, 7)]
+    if grad is None:
+        return (None,) * 19
+    if torch.is_grad_enabled():
+        gradients = _differentiable_backward(ctx, grad, needs)
+    else:
+        # The residual's own gradient is the incoming one when it is added last: nothing to compute.
+        passes_through = ctx.has_residual and (ctx.options[7] == "after" or ctx.options[6] == "none")
+        compute = [*needs[:5], needs[5] and not passes_through]
+        gradients = BACKWARD(
+            grad,
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            mean,
+            var,
+            residual,
+            raw,
+            *ctx.options,
+            compute,
+            ctx.backend,
+        )
+        gradients = [gradient if need else None for gradient, need in zip(gradients, compute, strict=True)]
+        if needs[5] and passes_through:
+            gradients[5] = grad
+    return (*gradients[:5], None, None, gradients[5], *(None,) * 11)
+
+
+def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Gradients with a graph of their own, for second derivatives: through the reference."""
+    x, weight, bias, norm_weight, norm_bias, mean, var, residual, _ = ctx.saved_tensors
+    stride, padding, dilation, norm, batch_stats, eps, activation, residual_mode, identity = ctx.options
+    if ctx.has_residual and residual is None:
+        # Added last, so its value plays no part in any other gradient.
+        residual_mode = "none"
+    out = reference.depthwise(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        None if batch_stats else mean,
+        None if batch_stats else var,
+        x if identity else residual,
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        norm=norm,
+        batch_stats=batch_stats,
+        eps=eps,
+        activation=activation,
+        residual_mode=residual_mode,
+    )
+    inputs = (x, weight, bias, norm_weight, norm_bias, residual)
+    wanted = [index for index, need in enumerate(needs) if need and inputs[index] is not None]
+    gradients: list[Tensor | None] = [None] * 6
+    results = torch.autograd.grad(
+        out, [inputs[index] for index in wanted], grad, create_graph=True, allow_unused=True
+    )
+    for index, gradient in zip(wanted, results, strict=True):
+        gradients[index] = gradient
+    if needs[5] and residual is None:
+        gradients[5] = grad
+    return gradients
+
+
+def _once_differentiable(ctx, *_):
+    raise RuntimeError(
+        "fused_ops::depthwise_backward is differentiable only through depthwise_conv with create_graph=True"
+    )
+
+
+def _convolution_flops(out_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
+    batch, channels, height, width = out_shape
+    return 2 * batch * channels * height * width * weight_shape[2] * weight_shape[3]
+
+
+def _forward_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return _convolution_flops(out_shape[0], weight_shape)
+
+
+def _backward_flops(grad_shape, x_shape, weight_shape, *arguments, out_shape=None, **__) -> int:
+    needs = arguments[-2]
+    return (bool(needs[0]) + bool(needs[1])) * _convolution_flops(grad_shape, weight_shape)
+
+
+def least_bytes(call: DepthwiseCall, direction: str) -> int:
+    """Bytes that the schedule in use has to move through memory; per-channel vectors are left out.
+
+    Forward: one read of x and one write of the output; batch statistics cost one more read (pre-norm), or
+    one write and read of the convolution's output (post-norm). Backward, with all gradients: the gradient
+    and x are read and x's gradient is written; post-norm reads the gradient and the convolution's output
+    twice (the two BatchNorm sums come before anything that uses them); pre-norm with batch statistics
+    writes and reads its partial input gradient once more and x again.
+    """
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"direction={direction!r} is not allowed; use 'forward' or 'backward'")
+    size = call.x.element_size()
+    batch, channels, height, width = call.output_shape
+    out = size * batch * channels * height * width
+    x = size * call.x.numel()
+    separate = call.residual_mode != "none" and not call.identity
+    batch_post = call.norm == "post" and call.batch_stats
+    batch_pre = call.norm == "pre" and call.batch_stats
+    if direction == "forward":
+        total = x + out + separate * out
+        if batch_post:
+            total += 2 * out
+        elif call.keep_raw:
+            total += out
+        return total + batch_pre * x
+    # Whether the activation's derivative needs the sum with a residual that lies in memory of its own.
+    before = call.residual_mode == "before" and call.activation != "none"
+    total = out + 2 * x
+    if call.keep_raw:
+        total += out
+    if before and separate:
+        total += 2 * out
+    if batch_post:
+        total += (2 + (before and separate)) * out + (before and call.identity) * x
+    return total + batch_pre * 3 * x
+
+
+def _reference_can_run(call: DepthwiseCall) -> tuple[bool, str]:
+    return True, ""
+
+
+BACKENDS = (
+    Backend("cuda", cuda.can_run, cuda.forward),
+    Backend("triton", triton.can_run, triton.forward, triton.backward),
+    Backend("reference", _reference_can_run),
+)
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+FORWARD = library.define(
+    _FORWARD_SCHEMA,
+    _forward,
+    fake=_forward_fake,
+    flops=_forward_flops,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+BACKWARD = library.define(
+    _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
+)
+OPERATOR = library.register(
+    library.Operator("depthwise", depthwise_conv, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD))
+)
