@@ -91,45 +91,56 @@ def _output_shape(
 
 def cases() -> Sequence[Case]:
     """All cases. ``tiny`` ones have few enough programs for Triton's interpreter."""
+    identity = {"residual": "after", "identity": True}
+    identity_before = {"residual": "before", "identity": True}
+    post, pre = {"norm": "post"}, {"norm": "pre"}
+    post_train, pre_train = {**post, "training": True}, {**pre, "training": True}
     tiny = [
-        _case("conv", (2, 8, 5, 6), "tiny"),
-        _case("conv_bias_gelu_residual", (1, 12, 7, 4), "tiny", bias=True, activation="gelu", residual="after"),
-        _case("identity", (2, 16, 6, 5), "tiny", bias=True, residual="after", identity=True, model="dsnet"),
-        _case("identity_before_relu", (1, 8, 4, 9), "tiny", activation="relu", residual="before", identity=True),
-        _case("post_eval_relu6", (2, 8, 5, 5), "tiny", norm="post", activation="relu6"),
-        _case("post_eval_residual_before", (1, 8, 5, 3), "tiny", norm="post", activation="relu", residual="before"),
-        _case("post_train_silu", (3, 8, 5, 6), "tiny", norm="post", training=True, activation="silu"),
-        _case("post_train_none", (2, 20, 9, 5), "tiny", norm="post", training=True, bias=True),
-        _case(
-            "post_train_identity_before",
-            (2, 8, 6, 5),
-            "tiny",
-            norm="post",
-            training=True,
-            activation="hardswish",
-            residual="before",
-            identity=True,
-        ),
-        _case(
-            "post_train_residual_after",
-            (2, 8, 4, 4),
-            "tiny",
-            norm="post",
-            training=True,
-            activation="gelu_tanh",
-            residual="after",
-        ),
-        _case("pre_eval", (2, 16, 5, 7), "tiny", norm="pre", bias=True, residual="after", identity=True),
-        _case("pre_train", (2, 16, 8, 6), "tiny", norm="pre", training=True, bias=True, residual="after", identity=True),
-        _case("pre_train_relu", (2, 8, 5, 5), "tiny", norm="pre", training=True, activation="relu"),
-        _case("no_affine", (2, 8, 5, 5), "tiny", norm="post", training=True, affine=False),
-        _case("one_channel", (2, 1, 5, 5), "tiny", "awkward", norm="post", training=True),
-        _case("three_channels", (2, 3, 3, 17), "tiny", "awkward", bias=True, activation="gelu"),
-        _case("one_pixel", (3, 8, 1, 1), "tiny", "awkward", norm="post", training=True),
-        _case("one_column", (2, 8, 11, 1), "tiny", "awkward", norm="pre", training=True),
-        _case("large_mean", (2, 8, 6, 6), "tiny", "awkward", norm="post", training=True, mean=1e3),
-        _case("large_mean_pre", (2, 8, 6, 6), "tiny", "awkward", norm="pre", training=True, mean=1e3),
-    ]  # fmt: skip
+        _case(name, shape, "tiny", **options)
+        for name, shape, options in (
+            ("conv", (2, 8, 5, 6), {}),
+            (
+                "conv_bias_gelu_residual",
+                (1, 12, 7, 4),
+                {"bias": True, "activation": "gelu", "residual": "after"},
+            ),
+            ("identity", (2, 16, 6, 5), {"bias": True, **identity}),
+            ("identity_before_relu", (1, 8, 4, 9), {"activation": "relu", **identity_before}),
+            ("post_eval_relu6", (2, 8, 5, 5), {**post, "activation": "relu6"}),
+            (
+                "post_eval_residual_before",
+                (1, 8, 5, 3),
+                {**post, "activation": "relu", "residual": "before"},
+            ),
+            ("post_train_silu", (3, 8, 5, 6), {**post_train, "activation": "silu"}),
+            ("post_train_none", (2, 20, 9, 5), {**post_train, "bias": True}),
+            (
+                "post_train_identity_before",
+                (2, 8, 6, 5),
+                {**post_train, "activation": "hardswish", **identity_before},
+            ),
+            (
+                "post_train_residual_after",
+                (2, 8, 4, 4),
+                {**post_train, "activation": "gelu_tanh", "residual": "after"},
+            ),
+            ("pre_eval", (2, 16, 5, 7), {**pre, "bias": True, **identity}),
+            ("pre_train", (2, 16, 8, 6), {**pre_train, "bias": True, **identity}),
+            ("pre_train_relu", (2, 8, 5, 5), {**pre_train, "activation": "relu"}),
+            ("no_affine", (2, 8, 5, 5), {**post_train, "affine": False}),
+        )
+    ]
+    tiny += [
+        _case(name, shape, "tiny", "awkward", **options)
+        for name, shape, options in (
+            ("one_channel", (2, 1, 5, 5), post_train),
+            ("three_channels", (2, 3, 3, 17), {"bias": True, "activation": "gelu"}),
+            ("one_pixel", (3, 8, 1, 1), post_train),
+            ("one_column", (2, 8, 11, 1), pre_train),
+            ("large_mean", (2, 8, 6, 6), {**post_train, "mean": 1e3}),
+            ("large_mean_pre", (2, 8, 6, 6), {**pre_train, "mean": 1e3}),
+        )
+    ]
     general = [
         _case("stride2", (2, 8, 7, 8), stride=2, padding=1, norm="post", training=True, activation="relu"),
         _case("kernel5", (2, 8, 7, 6), kernel=5, norm="post", training=True, activation="silu"),
@@ -138,32 +149,33 @@ def cases() -> Sequence[Case]:
         _case("no_padding", (2, 8, 6, 6), padding=0, bias=True, activation="relu"),
         _case("empty", (0, 8, 6, 6), "awkward", norm="post"),
     ]
+    # Maps large enough for traffic to be the maps' own, few enough programs to count it in the interpreter.
+    # The widest tile, with sizes divisible as a model's are, on maps small enough to make.
+    counted = [
+        _case(f"{tag}_{name}", shape, tag, **options)
+        for tag, shape in (("traffic", (1, 16, 28, 28)), ("resources", (2, 64, 16, 16)))
+        for name, options in {
+            "conv": {},
+            "identity": {"bias": True, **identity},
+            "pre_train": {**pre_train, "bias": True, **identity},
+            "post_train_silu": {**post_train, "activation": "silu"},
+            "post_eval_relu6": {**post, "activation": "relu6"},
+        }.items()
+    ]
     # Stage sizes of DS-Net at 224 (positional convolution on d channels, local branch on d / 2).
+    stages = ((64, 56, 3), (128, 28, 4), (320, 14, 8), (512, 7, 3))
     model = [
         _case(
-            f"dsnet_positional_{channels}x{size}",
-            (128, channels, size, size),
+            f"dsnet_{branch}_{channels // share}x{size}",
+            (128, channels // share, size, size),
             "model",
             bias=True,
-            residual="after",
-            identity=True,
             model="dsnet_small",
             calls=depth,
+            **identity,
+            **options,
         )
-        for channels, size, depth in ((64, 56, 3), (128, 28, 4), (320, 14, 8), (512, 7, 3))
-    ] + [
-        _case(
-            f"dsnet_local_{channels}x{size}",
-            (128, channels, size, size),
-            "model",
-            norm="pre",
-            training=True,
-            bias=True,
-            residual="after",
-            identity=True,
-            model="dsnet_small",
-            calls=depth,
-        )
-        for channels, size, depth in ((32, 56, 3), (64, 28, 4), (160, 14, 8), (256, 7, 3))
+        for branch, share, options in (("positional", 1, {}), ("local", 2, pre_train))
+        for channels, size, depth in stages
     ]
-    return (*tiny, *general, *model)
+    return (*tiny, *general, *counted, *model)

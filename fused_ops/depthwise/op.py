@@ -188,9 +188,7 @@ def _checked_call(
     if norm_placement not in ("pre", "post"):
         raise ValueError(f"norm_placement={norm_placement!r} is not allowed; use 'pre' or 'post'")
     if residual_placement not in ("before", "after"):
-        raise ValueError(
-            f"residual_placement={residual_placement!r} is not allowed; use 'before' or 'after' (the activation)"
-        )
+        raise ValueError(f"residual_placement={residual_placement!r} is not allowed; use 'before' or 'after'")
     if norm is not None:
         for name in ("weight", "bias", "running_mean", "running_var"):
             _check_vector(f"norm.{name}", getattr(norm, name), x)
@@ -227,7 +225,7 @@ def _checked_call(
     if residual is not None:
         if tuple(residual.shape) != call.output_shape:
             raise ValueError(
-                f"residual has shape {tuple(residual.shape)}; it must be that of the output, {call.output_shape}"
+                f"residual has shape {tuple(residual.shape)}; it must be the output's, {call.output_shape}"
             )
         if residual.dtype != x.dtype or residual.device != x.device:
             raise TypeError(
@@ -295,7 +293,7 @@ def depthwise_conv(
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         identity = residual is x
         if x.is_floating_point() and x.dtype != torch.float64:

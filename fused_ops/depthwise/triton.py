@@ -1,6 +1,6 @@
 """Triton kernels for 3x3 stride 1 depthwise convolution on channels_last maps, and their launchers.
 
-One geometry serves every kernel: a program owns ROWS rows x BLOCK_W columns x BLOCK_C channels of the map
+One geometry serves every kernel: a program owns `rows` rows x BLOCK_W columns x BLOCK_C channels of the map
 and walks down its rows, holding (BLOCK_W, BLOCK_C) tiles. A convolution keeps the partial sums of three
 rows, so that an input row is loaded once per program (three times shifted by a column, from L1). Sums over
 the map are written per program and merged in a fixed order by :mod:`fused_ops.core.statistics`: no atomics.
@@ -21,21 +21,19 @@ from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
 
 
 @jit
-def _program(
-    batch, height, width, channels, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _program(height, width, channels, rows, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
     """Image, first row, columns (BLOCK_W), channels (BLOCK_C) and map part of this program.
 
     Channel blocks vary fastest: neighbours in memory run side by side.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     column_blocks = tl.cdiv(width, BLOCK_W)
-    strips = tl.cdiv(height, ROWS)
+    strips = tl.cdiv(height, rows)
     pid = tl.program_id(0)
     part = pid // channel_blocks
     columns = (part % column_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = (part // column_blocks) % strips * ROWS
+    row = (part // column_blocks) % strips * rows
     image = part // (column_blocks * strips)
     return image, row, columns, c, part
 
@@ -85,11 +83,15 @@ def _store_moments(
 ):
     """Count, mean and M2 of a program's elements, from per-element sums over rows shifted by ``first``."""
     column_count = tl.sum(tl.where(columns < width, 1.0, 0.0), axis=0)
-    mean = first + s1 / rows_valid
+    # Relative to one element per channel, so that a mean far above the spread costs no digits of M2.
+    is_shift = (columns == tl.min(columns, axis=0))[:, None]
+    shift = tl.sum(tl.where(is_shift, first, 0.0), axis=0)
+    mean = (first - shift[None, :]) + s1 / rows_valid
     m2 = s2 - s1 * s1 / rows_valid
-    part_mean = tl.sum(tl.where(ok, mean, 0.0), axis=0) / column_count
-    deviation = mean - part_mean[None, :]
+    tile_mean = tl.sum(tl.where(ok, mean, 0.0), axis=0) / column_count
+    deviation = mean - tile_mean[None, :]
     part_m2 = tl.sum(tl.where(ok, m2 + rows_valid * deviation * deviation, 0.0), axis=0)
+    part_mean = shift + tile_mean
     channel_ok = c < channels
     tl.store(mean_ptr + part.to(tl.int64) * channels + c, part_mean, mask=channel_ok)
     tl.store(m2_ptr + part.to(tl.int64) * channels + c, part_m2, mask=channel_ok)
@@ -103,29 +105,28 @@ def moments_kernel(
     count_ptr,
     mean_ptr,
     m2_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     x_n,
     x_h,
     x_w,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """x (B, H, W, C) -> count (P), mean (P, C), M2 (P, C) of each program's part."""
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     s1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     first = _load(x_ptr, image, row0, columns, c, x_n, x_h, x_w, height, width, channels)
-    for i in tl.static_range(1, ROWS):
+    for i in range(1, rows):
         value = _load(x_ptr, image, row0 + i, columns, c, x_n, x_h, x_w, height, width, channels)
         ok = _inside(row0 + i, columns, c, height, width, channels)
         difference = tl.where(ok, value - first, 0.0)
         s1 += difference
         s2 += difference * difference
-    rows_valid = tl.minimum(ROWS, height - row0).to(tl.float32)
+    rows_valid = tl.minimum(rows, height - row0).to(tl.float32)
     ok = _inside(row0, columns, c, height, width, channels)
     _store_moments(
         part, rows_valid, ok, columns, width, first, s1, s2, c, channels, count_ptr, mean_ptr, m2_ptr
@@ -147,10 +148,10 @@ def forward_kernel(
     count_ptr,
     part_mean_ptr,
     part_m2_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     x_n,
     x_h,
     x_w,
@@ -165,7 +166,6 @@ def forward_kernel(
     RESIDUAL: tl.constexpr,
     IDENTITY: tl.constexpr,
     RAW_ONLY: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -174,7 +174,7 @@ def forward_kernel(
     RAW_ONLY: writes the raw convolution and its moments, for a norm that follows. Otherwise writes the
     result, and the raw convolution too where ``raw_ptr`` is given.
     """
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     w00, w01, w02 = (
         _tap(weight_ptr, c, channels, 0),
         _tap(weight_ptr, c, channels, 1),
@@ -204,7 +204,7 @@ def forward_kernel(
     s1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     previous = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for i in tl.static_range(ROWS + 2):
+    for i in range(rows + 2):
         row = row0 - 1 + i
         left = _load(x_ptr, image, row, columns - 1, c, x_n, x_h, x_w, height, width, channels)
         centre = _load(x_ptr, image, row, columns, c, x_n, x_h, x_w, height, width, channels)
@@ -221,52 +221,50 @@ def forward_kernel(
         value = waits_one + left * w20 + centre * w21 + right * w22
         waits_one = waits_two + left * w10 + centre * w11 + right * w12
         waits_two = left * w00 + centre * w01 + right * w02
-        if i >= 2:
-            out_row = row0 + i - 2
-            ok = _inside(out_row, columns, c, height, width, channels)
-            value += bias
-            where = _address(0, image, out_row, columns, c, out_n, out_h, channels)
-            if RAW_ONLY or raw_ptr is not None:
-                rounded = value.to(raw_ptr.dtype.element_ty)
-                tl.store(raw_ptr + where, rounded, mask=ok)
-            if RAW_ONLY:
-                # Statistics of what was stored: the normalised values then have mean 0 exactly.
-                value = rounded.to(tl.float32)
-                if i == 2:
-                    first = value
+        # The first two rows are halo: they complete no row of this program, and nothing is stored for them.
+        out_row = tl.where(i >= 2, row - 1, -1)
+        ok = _inside(out_row, columns, c, height, width, channels)
+        value += bias
+        where = _address(0, image, out_row, columns, c, out_n, out_h, channels)
+        if RAW_ONLY or raw_ptr is not None:
+            rounded = value.to(raw_ptr.dtype.element_ty)
+            tl.store(raw_ptr + where, rounded, mask=ok)
+        if RAW_ONLY:
+            # Statistics of what was stored: the normalised values then have mean 0 exactly.
+            value = rounded.to(tl.float32)
+            first = tl.where(i <= 2, value, first)
+            difference = tl.where(ok, value - first, 0.0)
+            s1 += difference
+            s2 += difference * difference
+        else:
+            if NORM == "post":
+                value = (value - mean) * scale + shift
+            if RESIDUAL != "none":
+                if IDENTITY:
+                    added = previous
                 else:
-                    difference = tl.where(ok, value - first, 0.0)
-                    s1 += difference
-                    s2 += difference * difference
-            else:
-                if NORM == "post":
-                    value = (value - mean) * scale + shift
-                if RESIDUAL != "none":
-                    if IDENTITY:
-                        added = previous
-                    else:
-                        added = _load(
-                            residual_ptr,
-                            image,
-                            out_row,
-                            columns,
-                            c,
-                            residual_n,
-                            residual_h,
-                            residual_w,
-                            height,
-                            width,
-                            channels,
-                        )
-                if RESIDUAL == "before":
-                    value += added
-                value = activate(value, ACTIVATION)
-                if RESIDUAL == "after":
-                    value += added
-                tl.store(out_ptr + where, value.to(out_ptr.dtype.element_ty), mask=ok)
+                    added = _load(
+                        residual_ptr,
+                        image,
+                        out_row,
+                        columns,
+                        c,
+                        residual_n,
+                        residual_h,
+                        residual_w,
+                        height,
+                        width,
+                        channels,
+                    )
+            if RESIDUAL == "before":
+                value += added
+            value = activate(value, ACTIVATION)
+            if RESIDUAL == "after":
+                value += added
+            tl.store(out_ptr + where, value.to(out_ptr.dtype.element_ty), mask=ok)
         previous = original
     if RAW_ONLY:
-        rows_valid = tl.minimum(ROWS, height - row0).to(tl.float32)
+        rows_valid = tl.minimum(rows, height - row0).to(tl.float32)
         ok = _inside(row0, columns, c, height, width, channels)
         _store_moments(
             part,
@@ -294,10 +292,10 @@ def normalise_kernel(
     mean_ptr,
     var_ptr,
     out_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     residual_n,
     residual_h,
     residual_w,
@@ -306,17 +304,16 @@ def normalise_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """raw (B, H, W, C) -> act(BN(raw)) with the residual, row by row."""
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, _ = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     mean = _vector(mean_ptr, c, channels, 0.0)[None, :]
     scale = _vector(norm_weight_ptr, c, channels, 1.0)
     scale = (scale * tl.rsqrt(_vector(var_ptr, c, channels, 1.0) + eps))[None, :]
     shift = _vector(norm_bias_ptr, c, channels, 0.0)[None, :]
-    for i in tl.static_range(ROWS):
+    for i in range(rows):
         row = row0 + i
         value = _load(raw_ptr, image, row, columns, c, out_n, out_h, channels, height, width, channels)
         value = (value - mean) * scale + shift
@@ -412,10 +409,10 @@ def post_norm_sums_kernel(
     mean_ptr,
     var_ptr,
     parts_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     grad_n,
     grad_h,
     grad_w,
@@ -427,19 +424,18 @@ def post_norm_sums_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The two sums of BatchNorm's backward, per program: parts (P, 2, C) of sum g' and sum g' xhat."""
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     mean = _vector(mean_ptr, c, channels, 0.0)[None, :]
     rstd = tl.rsqrt(_vector(var_ptr, c, channels, 1.0) + eps)[None, :]
     gamma = _vector(norm_weight_ptr, c, channels, 1.0)[None, :]
     beta = _vector(norm_bias_ptr, c, channels, 0.0)[None, :]
     s1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for i in tl.static_range(ROWS):
+    for i in range(rows):
         row = row0 + i
         _, value_grad, normalised = _activation_grad_tile(
             grad_ptr,
@@ -494,10 +490,10 @@ def backward_kernel(
     bias_parts_ptr,
     sum_parts_ptr,
     residual_grad_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     grad_n,
     grad_h,
     grad_w,
@@ -516,18 +512,18 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
     IDENTITY: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of x, weight, bias and residual in one pass; the gradient before the conv is never written.
 
-    Post-norm with batch statistics takes the two sums of :func:`post_norm_sums_kernel`. Pre-norm with batch
+    Post-norm with batch statistics takes the two sums of :func:`post_norm_sums_kernel`; with running
+    statistics it writes their parts (P, 2, C) itself, for the norm's own gradients. Pre-norm with batch
     statistics writes ``t = identity + gamma rstd e`` in place of x's gradient (e = conv transposed of the
     gradient) with parts (P, 2, C) of sum e and sum e xhat; :func:`pre_norm_finish_kernel` does the rest.
     IDENTITY is none, before or after: where the identity branch joins.
     """
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     channel_ok = c < channels
     mean = tl.zeros((1, BLOCK_C), tl.float32)
     rstd = tl.full((1, BLOCK_C), 1.0, tl.float32)
@@ -541,8 +537,11 @@ def backward_kernel(
     if NORM == "post" and BATCH_STATS:
         mean_grad = _vector(sums_ptr, c, channels, 0.0)[None, :] * inverse_count
         mean_grad_normalised = _vector(sums_ptr + channels, c, channels, 0.0)[None, :] * inverse_count
-    NEED_X: tl.constexpr = x_grad_ptr is not None or sum_parts_ptr is not None
+    PRE_SUMS: tl.constexpr = NORM == "pre" and sum_parts_ptr is not None
+    POST_SUMS: tl.constexpr = NORM == "post" and sum_parts_ptr is not None
+    NEED_X: tl.constexpr = PRE_SUMS or x_grad_ptr is not None
     NEED_W: tl.constexpr = weight_parts_ptr is not None
+    NEED_OWN: tl.constexpr = bias_parts_ptr is not None or residual_grad_ptr is not None
     if NEED_X:
         w00, w01, w02 = (
             _tap(weight_ptr, c, channels, 0),
@@ -568,7 +567,7 @@ def backward_kernel(
     z_above, z_beside = zero, zero
     x_above, x_beside = zero, zero
     identity_grad = zero
-    for i in tl.static_range(ROWS + 2):
+    for i in range(rows + 2):
         row = row0 - 1 + i
         # Conv gradient row `row`, shifted by each tap's column.
         shifted = columns + 1
@@ -596,25 +595,29 @@ def backward_kernel(
             d0 = tl.where(_inside(row, columns + 1, c, height, width, channels), d0 * gamma * rstd, 0.0)
             d1 = tl.where(_inside(row, columns, c, height, width, channels), d1 * gamma * rstd, 0.0)
             d2 = tl.where(_inside(row, columns - 1, c, height, width, channels), d2 * gamma * rstd, 0.0)
-        own = _inside(row, columns, c, height, width, channels)
-        if i >= 1 and i <= ROWS:
+        if NEED_OWN or POST_SUMS:
+            # The first and the last row are halo, counted and stored by other programs.
+            own_row = tl.where((i >= 1) & (i <= rows), row, -1)
+            own = _inside(own_row, columns, c, height, width, channels)
             if bias_parts_ptr is not None:
-                bias_sum += d1
+                bias_sum += tl.where(own, d1, 0.0)
+            if POST_SUMS:
+                s1 += tl.where(own, value_grad, 0.0)
+                s2 += tl.where(own, value_grad * n1, 0.0)
             if residual_grad_ptr is not None:
                 tl.store(
-                    _address(residual_grad_ptr, image, row, columns, c, out_n, out_h, channels),
+                    _address(residual_grad_ptr, image, own_row, columns, c, out_n, out_h, channels),
                     value_grad.to(residual_grad_ptr.dtype.element_ty),
                     mask=own,
                 )
-        if NEED_W or sum_parts_ptr is not None:
-            x_below, z_below = zero, zero
-            if i < ROWS:
-                x_below = _load(x_ptr, image, row + 1, columns, c, x_n, x_h, x_w, height, width, channels)
-                z_below = x_below
-                if NORM == "pre":
-                    below_ok = _inside(row + 1, columns, c, height, width, channels)
-                    x_below = (x_below - mean) * rstd
-                    z_below = tl.where(below_ok, x_below * gamma + beta, 0.0)
+        if NEED_W or PRE_SUMS:
+            below_row = tl.where(i < rows, row + 1, -1)
+            x_below = _load(x_ptr, image, below_row, columns, c, x_n, x_h, x_w, height, width, channels)
+            z_below = x_below
+            if NORM == "pre":
+                below_ok = _inside(below_row, columns, c, height, width, channels)
+                x_below = (x_below - mean) * rstd
+                z_below = tl.where(below_ok, x_below * gamma + beta, 0.0)
         if NEED_W:
             g00 += z_above * d0
             g01 += z_above * d1
@@ -630,23 +633,22 @@ def backward_kernel(
             value = waits_one + d0 * w00 + d1 * w01 + d2 * w02
             waits_one = waits_two + d0 * w10 + d1 * w11 + d2 * w12
             waits_two = d0 * w20 + d1 * w21 + d2 * w22
-            if i >= 2:
-                out_row = row - 1
-                ok = _inside(out_row, columns, c, height, width, channels)
-                if sum_parts_ptr is not None:
-                    s1 += tl.where(ok, value, 0.0)
-                    s2 += tl.where(ok, value * x_above, 0.0)
-                if x_grad_ptr is not None:
-                    if NORM == "pre":
-                        value = value * gamma * rstd
-                    if IDENTITY != "none":
-                        value += identity_grad
-                    tl.store(
-                        _address(x_grad_ptr, image, out_row, columns, c, out_n, out_h, channels),
-                        value.to(x_grad_ptr.dtype.element_ty),
-                        mask=ok,
-                    )
-        if sum_parts_ptr is not None:
+            out_row = tl.where(i >= 2, row - 1, -1)
+            ok = _inside(out_row, columns, c, height, width, channels)
+            if PRE_SUMS:
+                s1 += tl.where(ok, value, 0.0)
+                s2 += tl.where(ok, value * x_above, 0.0)
+            if x_grad_ptr is not None:
+                if NORM == "pre":
+                    value = value * gamma * rstd
+                if IDENTITY != "none":
+                    value += identity_grad
+                tl.store(
+                    _address(x_grad_ptr, image, out_row, columns, c, out_n, out_h, channels),
+                    value.to(x_grad_ptr.dtype.element_ty),
+                    mask=ok,
+                )
+        if PRE_SUMS:
             x_above, x_beside = x_beside, x_below
         if IDENTITY == "after":
             identity_grad = grad
@@ -679,10 +681,10 @@ def pre_norm_finish_kernel(
     mean_ptr,
     var_ptr,
     sums_ptr,
-    batch,
     height,
     width,
     channels,
+    rows,
     x_n,
     x_h,
     x_w,
@@ -690,18 +692,17 @@ def pre_norm_finish_kernel(
     out_h,
     eps,
     inverse_count,
-    ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """t (B, H, W, C) -> x's gradient, in place: t - gamma rstd (m1 + xhat m2), m the means of the two sums."""
-    image, row0, columns, c, part = _program(batch, height, width, channels, ROWS, BLOCK_W, BLOCK_C)
+    """t (B, H, W, C) -> x's gradient t - gamma rstd (m1 + xhat m2) in place; m: means of the two sums."""
+    image, row0, columns, c, _ = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
     mean = _vector(mean_ptr, c, channels, 0.0)[None, :]
     rstd = tl.rsqrt(_vector(var_ptr, c, channels, 1.0) + eps)[None, :]
     scale = _vector(norm_weight_ptr, c, channels, 1.0)[None, :] * rstd * inverse_count
     s1 = _vector(sums_ptr, c, channels, 0.0)[None, :]
     s2 = _vector(sums_ptr + channels, c, channels, 0.0)[None, :]
-    for i in tl.static_range(ROWS):
+    for i in range(rows):
         row = row0 + i
         ok = _inside(row, columns, c, height, width, channels)
         where = _address(x_grad_ptr, image, row, columns, c, out_n, out_h, channels)
@@ -714,18 +715,29 @@ def pre_norm_finish_kernel(
 class Tile(NamedTuple):
     """Work of one program: rows x columns x channels of the map."""
 
-    ROWS: int
+    rows: int
     BLOCK_W: int
     BLOCK_C: int
 
 
-def tile_for(call: Any) -> Tile:
-    """Tile by a rule of thumb: up to 64 channels (whole 128-byte lines in half precision), a few columns,
-    and strips short enough that small batches still give every multiprocessor work. Not measured."""
-    _, channels, height, width = call.x.shape
+# Programs that keep every multiprocessor of a large GPU busy.
+_ENOUGH_PROGRAMS = 512
+
+
+def tile_for(shape: tuple[int, int, int, int]) -> Tile:
+    """Tile for a map (B, C, H, W), by a rule of thumb that was not measured.
+
+    Up to 64 channels (whole 128-byte lines in half precision) and 8 columns; strips as long as leaves enough
+    programs, because each one re-reads a halo of two rows and writes its own partial sums.
+    """
+    batch, channels, height, width = shape
     block_c = min(64, next_power_of_2(channels))
     block_w = min(8 * (64 // block_c), next_power_of_2(width), 16)
-    return Tile(min(7, height), block_w, block_c)
+    across = batch * ceil_div(width, block_w) * ceil_div(channels, block_c)
+    strips = ceil_div(height, 28)
+    while across * strips < _ENOUGH_PROGRAMS and ceil_div(height, strips) > 7:
+        strips += 1
+    return Tile(ceil_div(height, strips), block_w, block_c)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -777,25 +789,32 @@ def _dense(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Geometry(NamedTuple):
-    """Sizes, tile, grid and number of map parts of the launches of one call."""
+    """Sizes, grid, number of map parts and compile-time options of the launches of one call."""
 
     sizes: tuple[int, int, int, int]
-    tile: Tile
     grid: tuple[int]
     parts: int
+    meta: dict[str, Any]
 
     @classmethod
     def of(cls, call: Any) -> _Geometry:
         batch, channels, height, width = call.x.shape
-        tile = tile_for(call)
-        parts = batch * ceil_div(height, tile.ROWS) * ceil_div(width, tile.BLOCK_W)
+        tile = tile_for((batch, channels, height, width))
+        parts = batch * ceil_div(height, tile.rows) * ceil_div(width, tile.BLOCK_W)
         grid = (parts * ceil_div(channels, tile.BLOCK_C),)
-        return cls((batch, height, width, channels), tile, grid, parts)
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        # Contraction of multiply and add is wanted: it is what every convolution library does.
-        return {**self.tile._asdict(), "num_warps": 4, "enable_fp_fusion": True}
+        return cls(
+            (height, width, channels, tile.rows),
+            grid,
+            parts,
+            {
+                "BLOCK_W": tile.BLOCK_W,
+                "BLOCK_C": tile.BLOCK_C,
+                "num_warps": 4,
+                "num_stages": 1,
+                # Contraction of multiply and add is wanted: it is what every convolution library does.
+                "enable_fp_fusion": True,
+            },
+        )
 
     def partial(self, like: Tensor, *columns: int) -> Tensor:
         return torch.empty((self.parts, *columns), dtype=torch.float32, device=like.device)
@@ -906,7 +925,7 @@ def _backward(
     inverse_count = 1.0 / (x.numel() // channels)
     need_norm = need_norm_weight or need_norm_bias
     sums = None
-    if call.norm == "post" and (call.batch_stats or need_norm):
+    if call.norm == "post" and call.batch_stats:
         sums = torch.empty((2, channels), dtype=torch.float32, device=x.device)
         parts = geometry.partial(x, 2, channels)
         post_norm_sums_kernel[geometry.grid](
@@ -929,12 +948,13 @@ def _backward(
         )
         sum_parts(parts, sums)
     batch_pre = call.norm == "pre" and call.batch_stats
-    if need_x or need_weight or need_bias or need_residual or (call.norm == "pre" and need_norm):
+    sums_in_pass = need_norm and sums is None
+    if need_x or need_weight or need_bias or need_residual or sums_in_pass:
         weight_parts = geometry.partial(x, channels, 9) if need_weight else None
         bias_parts = geometry.partial(x, channels) if need_bias else None
-        pre_parts = None
-        if call.norm == "pre" and (need_norm or (batch_pre and need_x)):
-            pre_parts = geometry.partial(x, 2, channels)
+        norm_parts = None
+        if sums_in_pass or (batch_pre and need_x):
+            norm_parts = geometry.partial(x, 2, channels)
         identity = call.residual_mode if call.identity else "none"
         backward_kernel[geometry.grid](
             grad,
@@ -950,7 +970,7 @@ def _backward(
             x_grad if need_x else None,
             weight_parts,
             bias_parts,
-            pre_parts,
+            norm_parts,
             residual_grad if need_residual else None,
             *geometry.sizes,
             *grad_strides,
@@ -970,9 +990,9 @@ def _backward(
             sum_parts(weight_parts, weight_grad)
         if need_bias:
             sum_parts(bias_parts, bias_grad)
-        if pre_parts is not None:
+        if norm_parts is not None:
             sums = torch.empty((2, channels), dtype=torch.float32, device=x.device)
-            sum_parts(pre_parts, sums)
+            sum_parts(norm_parts, sums)
         if batch_pre and need_x:
             pre_norm_finish_kernel[geometry.grid](
                 x_grad,

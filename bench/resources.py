@@ -1,0 +1,145 @@
+"""What compiled kernels use of a multiprocessor: registers, spills, shared memory. Needs a compiler, no GPU.
+
+python -m fused_ops.bench.resources                  # every CUDA kernel, every supported architecture
+python -m fused_ops.bench.resources --archs 80 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fused_ops.core import native
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel on one architecture.
+
+    Attributes:
+        op: operator family.
+        backend: ``cuda`` or ``triton``.
+        kernel: name of the kernel function.
+        config: template or compile-time arguments.
+        arch: architecture, as in ``sm_90``.
+        registers: per thread.
+        spill_bytes: stack and local memory per thread; registers that did not fit, or an array indexed at run
+            time.
+        shared_bytes: static shared memory per block, with what the system reserves (1024 from sm_90 on).
+    """
+
+    op: str
+    backend: str
+    kernel: str
+    config: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def find_cuobjdump() -> Path:
+    """The program that reads resource usage out of compiled kernels: Triton's wheel carries one.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    spec = find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if bundled.is_file():
+            return bundled
+    found = shutil.which("cuobjdump")
+    if found is None:
+        raise RuntimeError("cuobjdump was found neither in Triton's package nor on PATH")
+    return Path(found)
+
+
+def _demangle(names: list[str]) -> list[str]:
+    if shutil.which("c++filt") is None:
+        return names
+    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
+def _kernel_and_config(function: str) -> tuple[str, str]:
+    """``depthwise3x3_forward`` and its template arguments from a demangled function name."""
+    match = re.search(r"(\w+)(?:<(.*)>)?\(", function.replace("(anonymous namespace)::", ""))
+    if match is None:
+        return function, ""
+    return match.group(1), (match.group(2) or "").replace("fused_ops::", "")
+
+
+def parse_resource_usage(text: str, op: str, backend: str) -> list[Resources]:
+    """Rows from the output of ``cuobjdump --dump-resource-usage``."""
+    found = []
+    arch = ""
+    name = ""
+    for line in text.splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\s*Function (\S+?):", line):
+            name = match.group(1)
+        elif "REG:" in line:
+            numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+            found.append((name, arch, numbers))
+    rows = []
+    for (_, arch, numbers), function in zip(found, _demangle([entry[0] for entry in found]), strict=True):
+        kernel, config = _kernel_and_config(function)
+        spill = numbers["STACK"] + numbers["LOCAL"]
+        rows.append(Resources(op, backend, kernel, config, arch, numbers["REG"], spill, numbers["SHARED"]))
+    return rows
+
+
+def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
+    """Compiles every CUDA kernel, all template instances, and reads what each uses.
+
+    Args:
+        archs: e.g. ``["80", "90"]``; None for all that the project supports.
+
+    Raises:
+        RuntimeError: there is no compiler or no cuobjdump; the message says which.
+    """
+    tools = native.build_tools()
+    objects = tools.compile_kernels(tuple(archs or tools.SUPPORTED_ARCHITECTURES))
+    cuobjdump = find_cuobjdump()
+    rows = []
+    for unit in tools.UNITS:
+        command = [str(cuobjdump), "--dump-resource-usage", str(objects[unit.name])]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0 and "does not contain device code" not in result.stdout + result.stderr:
+            raise RuntimeError(f"cuobjdump failed on {unit.name}: {result.stderr.strip()}")
+        rows += parse_resource_usage(result.stdout, Path(unit.source).parts[0], "cuda")
+    return rows
+
+
+def format_table(rows: Sequence[Resources]) -> str:
+    """The rows as aligned text, spills marked."""
+    header = list(Resources.__dataclass_fields__)
+    lines: list[list[Any]] = [header, *(list(asdict(row).values()) for row in rows)]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(header))]
+    text = []
+    for index, line in enumerate(lines):
+        cells = "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
+        text.append(cells.rstrip() + ("  spills" if index and rows[index - 1].spill_bytes else ""))
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", nargs="*", help="architectures, e.g. 80 90; all supported ones by default")
+    options = parser.parse_args(arguments)
+    rows = native_resources(options.archs)
+    print(format_table(rows))
+    return 1 if any(row.spill_bytes for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

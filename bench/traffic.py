@@ -1,0 +1,173 @@
+"""Memory traffic of kernels, counted without a GPU.
+
+Triton kernels run in Triton's interpreter and CUDA kernels in the emulator; both say which addresses they
+touch. Three figures per launch: ``counted_bytes``, the distinct bytes touched (reads and writes apart), which
+is what memory sees behind a perfect cache; ``block_bytes``, the distinct bytes of each program or thread
+block, summed, which is what the L2 cache delivers; ``requested_bytes``, everything asked for, which the L1
+cache serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_ops.core import backends, environment, library
+
+
+@dataclass
+class Launch:
+    """Traffic of one kernel launch, in bytes."""
+
+    kernel: str
+    counted_bytes: int = 0
+    block_bytes: int = 0
+    requested_bytes: int = 0
+    _blocks: dict[tuple[str, int, Any], list[np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def touch(self, kind: str, size: int, block: Any, addresses: np.ndarray) -> None:
+        self.requested_bytes += size * addresses.size
+        self._blocks.setdefault((kind, size, block), []).append(addresses)
+
+    def finish(self) -> None:
+        """Turn the recorded addresses into counts, and forget them."""
+        whole: dict[tuple[str, int], list[np.ndarray]] = {}
+        for (kind, size, _), addresses in self._blocks.items():
+            distinct = np.unique(np.concatenate(addresses))
+            self.block_bytes += size * distinct.size
+            whole.setdefault((kind, size), []).append(distinct)
+        for (_, size), addresses in whole.items():
+            self.counted_bytes += size * np.unique(np.concatenate(addresses)).size
+        self._blocks.clear()
+
+
+@contextlib.contextmanager
+def count_triton() -> Iterator[list[Launch]]:
+    """Record the traffic of every Triton kernel launched inside the ``with`` block, in the interpreter.
+
+    Raises:
+        RuntimeError: Triton is not interpreting (``TRITON_INTERPRET=1`` was not set before the import).
+    """
+    if not environment.interpreting():
+        raise RuntimeError("counting Triton's traffic needs TRITON_INTERPRET=1, set before the first import")
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    executor = interpreter.GridExecutor
+    originals = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    launches: list[Launch] = []
+
+    def record(self: Any, kind: str, pointers: Any, mask: Any) -> None:
+        if launches:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            launches[-1].touch(kind, size, self.grid_idx, pointers.data[mask.data.astype(bool)].ravel())
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        record(self, "read", pointers, mask)
+        return originals[0](self, pointers, mask, *rest, **options)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        record(self, "write", pointers, mask)
+        return originals[1](self, pointers, value, mask, *rest, **options)
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        launches.append(Launch(self.fn.__name__))
+        result = originals[2](self, *arguments, **options)
+        launches[-1].finish()
+        return result
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
+    try:
+        yield launches
+    finally:
+        builder.create_masked_load, builder.create_masked_store, executor.__call__ = originals
+
+
+def operator_traffic(
+    operator: library.Operator, backend: str, name: str, make: Callable[[], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Traffic of one forward and backward of ``operator`` on ``backend``: a row per launch and a total each.
+
+    Args:
+        operator: from :func:`fused_ops.core.library.operators`.
+        backend: ``triton``.
+        name: of the case, for the rows.
+        make: arguments of the operator's public function; small enough for the interpreter.
+
+    Returns:
+        Rows with op, backend, kernel (``total`` in the last row of a direction), case, direction,
+        counted_bytes, block_bytes, requested_bytes, and least_bytes in the total.
+    """
+    arguments = make()
+    calls: list[Any] = []
+    with backends.backend(backend), _calls_of(operator, calls), count_triton() as forward:
+        out = operator.function(**arguments)
+    rows = _rows(operator, backend, name, "forward", forward, calls[0])
+    leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
+    if leaves and out.requires_grad:
+        with count_triton() as backward:
+            torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+        rows += _rows(operator, backend, name, "backward", backward, calls[0])
+    return rows
+
+
+def tensors(arguments: Any) -> list[Tensor]:
+    """Every tensor in the keyword arguments of an operator, each once."""
+    found: dict[int, Tensor] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, dict):
+            for entry in value.values():
+                visit(entry)
+        elif isinstance(value, (tuple, list)):
+            for entry in value:
+                visit(entry)
+
+    visit(arguments)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
+    """Collect the checked calls that reach the choice of a backend."""
+    import sys
+
+    module = sys.modules[operator.function.__module__]
+    original = module.choose
+
+    def choose(name: str, candidates: Any, call: Any) -> Any:
+        calls.append(call)
+        return original(name, candidates, call)
+
+    module.choose = choose
+    try:
+        yield
+    finally:
+        module.choose = original
+
+
+def _rows(
+    operator: library.Operator, backend: str, name: str, direction: str, launches: list[Launch], call: Any
+) -> list[dict[str, Any]]:
+    common = {"op": operator.name, "backend": backend, "case": name, "direction": direction}
+    keys = ("counted_bytes", "block_bytes", "requested_bytes")
+    rows = [
+        {
+            **common,
+            "kernel": launch.kernel,
+            **{key: getattr(launch, key) for key in keys},
+            "least_bytes": None,
+        }
+        for launch in launches
+    ]
+    total = {key: sum(row[key] for row in rows) for key in keys}
+    least = operator.least_bytes(call, direction)
+    return [*rows, {**common, "kernel": "total", **total, "least_bytes": least}]

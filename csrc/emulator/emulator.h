@@ -1,0 +1,458 @@
+// CUDA kernels on CPU threads: the names that a kernel uses (__global__, threadIdx, __syncthreads, warp
+// shuffles), with bodies for a plain C++20 compiler, so that kernels run, are bounds-checked and race-checked
+// without a GPU.
+//
+// Blocks run one after another, which is why __shared__ can be a function-level static. The threads of a
+// block run in one of two ways:
+//   sequential  as coroutines on one OS thread, switched at barriers; fast, and the same order every time
+//   concurrent  as one OS thread each; what ThreadSanitizer needs to see races
+//
+// The record_* functions are called by the load and store helpers of csrc/common/vector.h. They note which
+// bytes each thread block touches (see Traffic) and report misaligned accesses, which a GPU refuses.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace fused_ops::emulator {
+
+struct Index3 {
+    uint32_t x = 0, y = 0, z = 0;
+};
+
+enum class Mode { sequential, concurrent };
+
+inline Mode mode = Mode::sequential;
+inline int multiprocessors = 4;
+constexpr uint32_t WARP = 32;
+
+// [begin, end) addresses.
+using Interval = std::pair<uintptr_t, uintptr_t>;
+
+// Sorts and joins; returns the number of distinct bytes.
+inline uint64_t join_intervals(std::vector<Interval>& intervals) {
+    std::sort(intervals.begin(), intervals.end());
+    std::vector<Interval> joined;
+    for (const Interval& interval : intervals) {
+        if (!joined.empty() && interval.first <= joined.back().second) {
+            joined.back().second = std::max(joined.back().second, interval.second);
+        } else {
+            joined.push_back(interval);
+        }
+    }
+    intervals = std::move(joined);
+    uint64_t bytes = 0;
+    for (const Interval& interval : intervals) {
+        bytes += interval.second - interval.first;
+    }
+    return bytes;
+}
+
+// Global memory traffic since the last reset, reads and writes counted apart and then summed.
+struct Traffic {
+    uint64_t counted_bytes = 0;    // distinct bytes of each launch: what DRAM sees behind a perfect cache
+    uint64_t block_bytes = 0;      // distinct bytes of each thread block: what L2 must deliver
+    uint64_t requested_bytes = 0;  // everything asked for: what L1 must serve
+    uint64_t launches = 0;
+    uint64_t blocks = 0;
+    // Of the last launch alone, so that a test can compare them with the tensors' extents.
+    std::vector<Interval> read, written;
+};
+
+inline Traffic traffic;
+
+class Barrier {
+  public:
+    virtual ~Barrier() = default;
+    virtual void wait() = 0;
+    // The calling thread has ended: the others no longer wait for it.
+    virtual void leave() = 0;
+};
+
+// For one OS thread per CUDA thread.
+class ThreadBarrier : public Barrier {
+  public:
+    void reset(uint32_t count) {
+        expected_ = count;
+        arrived_ = 0;
+    }
+    void wait() override {
+        std::unique_lock lock(mutex_);
+        if (++arrived_ >= expected_) {
+            open();
+            return;
+        }
+        const uint64_t generation = generation_;
+        condition_.wait(lock, [&] { return generation != generation_; });
+    }
+    void leave() override {
+        std::lock_guard lock(mutex_);
+        --expected_;
+        if (expected_ > 0 && arrived_ >= expected_) {
+            open();
+        }
+    }
+
+  private:
+    void open() {
+        arrived_ = 0;
+        ++generation_;
+        condition_.notify_all();
+    }
+    std::mutex mutex_;
+    std::condition_variable condition_;
+    uint32_t expected_ = 0, arrived_ = 0;
+    uint64_t generation_ = 0;
+};
+
+// For coroutines: waiting is giving way to the next one.
+class CoroutineBarrier : public Barrier {
+  public:
+    explicit CoroutineBarrier(std::function<void()> give_way) : give_way_(std::move(give_way)) {}
+    void reset(uint32_t count) {
+        expected_ = count;
+        arrived_ = 0;
+    }
+    void wait() override {
+        ++progress;
+        if (++arrived_ >= expected_) {
+            open();
+            return;
+        }
+        const uint64_t generation = generation_;
+        while (generation == generation_) {
+            give_way_();
+        }
+        ++progress;
+    }
+    void leave() override {
+        ++progress;
+        --expected_;
+        if (expected_ > 0 && arrived_ >= expected_) {
+            open();
+        }
+    }
+    // Grows whenever any thread gets on; a round of coroutines without growth is a deadlock.
+    static inline uint64_t progress = 0;
+
+  private:
+    void open() {
+        arrived_ = 0;
+        ++generation_;
+    }
+    std::function<void()> give_way_;
+    uint32_t expected_ = 0, arrived_ = 0;
+    uint64_t generation_ = 0;
+};
+
+// What the threads of the running block share.
+struct Block {
+    Barrier* barrier = nullptr;
+    std::vector<Barrier*> warp_barriers;
+    std::vector<uint64_t> exchange;  // one slot per thread, for shuffles
+};
+
+// What one CUDA thread has asked of global memory in the running block.
+struct Requests {
+    std::vector<Interval> read, written;
+    uint64_t bytes = 0;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local Requests* requests = nullptr;
+inline std::atomic<size_t> misaligned_bytes = 0;
+
+inline void record(std::vector<Interval>& list, const void* address, size_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    if (begin % bytes != 0) {
+        misaligned_bytes = bytes;
+    }
+    // Neighbouring accesses of one thread are one interval: it keeps the lists short.
+    if (!list.empty() && list.back().second == begin) {
+        list.back().second = begin + bytes;
+    } else {
+        list.emplace_back(begin, begin + bytes);
+    }
+    requests->bytes += bytes;
+}
+
+inline void record_read(const void* address, size_t bytes) {
+    record(requests->read, address, bytes);
+}
+
+inline void record_write(const void* address, size_t bytes) {
+    record(requests->written, address, bytes);
+}
+
+// Adds what the threads of a finished block asked for to the traffic, and empties their lists.
+inline void finish_block(std::vector<Requests>& threads, std::vector<Interval>& launch_read,
+                         std::vector<Interval>& launch_written) {
+    std::vector<Interval> read, written;
+    for (Requests& thread : threads) {
+        read.insert(read.end(), thread.read.begin(), thread.read.end());
+        written.insert(written.end(), thread.written.begin(), thread.written.end());
+        traffic.requested_bytes += thread.bytes;
+        thread.read.clear();
+        thread.written.clear();
+        thread.bytes = 0;
+    }
+    traffic.block_bytes += join_intervals(read) + join_intervals(written);
+    traffic.blocks += 1;
+    launch_read.insert(launch_read.end(), read.begin(), read.end());
+    launch_written.insert(launch_written.end(), written.begin(), written.end());
+}
+
+}  // namespace fused_ops::emulator
+
+inline thread_local fused_ops::emulator::Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace fused_ops::emulator {
+
+// Runs body() once per thread of every block, each thread an OS thread.
+template <typename Body>
+void run_concurrent(uint32_t blocks, uint32_t threads, const Body& body, std::vector<Interval>& read,
+                    std::vector<Interval>& written) {
+    const uint32_t warps = (threads + WARP - 1) / WARP;
+    ThreadBarrier block_barrier, round;
+    std::vector<std::unique_ptr<ThreadBarrier>> warp_barriers;
+    Block shared;
+    shared.barrier = &block_barrier;
+    shared.exchange.resize(threads);
+    for (uint32_t warp = 0; warp < warps; ++warp) {
+        warp_barriers.push_back(std::make_unique<ThreadBarrier>());
+        shared.warp_barriers.push_back(warp_barriers.back().get());
+    }
+    const auto reset = [&] {
+        block_barrier.reset(threads);
+        for (uint32_t warp = 0; warp < warps; ++warp) {
+            warp_barriers[warp]->reset(std::min(WARP, threads - warp * WARP));
+        }
+    };
+    reset();
+    round.reset(threads);
+    std::vector<Requests> all_requests(threads);
+    std::vector<std::thread> pool;
+    for (uint32_t thread = 0; thread < threads; ++thread) {
+        pool.emplace_back([&, thread] {
+            block = &shared;
+            requests = &all_requests[thread];
+            threadIdx = {thread, 0, 0};
+            blockDim = {threads, 1, 1};
+            gridDim = {blocks, 1, 1};
+            for (uint32_t index = 0; index < blocks; ++index) {
+                blockIdx = {index, 0, 0};
+                body();
+                shared.warp_barriers[thread / WARP]->leave();
+                block_barrier.leave();
+                round.wait();
+                if (thread == 0) {
+                    finish_block(all_requests, read, written);
+                    reset();
+                }
+                round.wait();
+            }
+        });
+    }
+    for (std::thread& thread : pool) {
+        thread.join();
+    }
+}
+
+// The coroutines of run_sequential: one per CUDA thread, kept from launch to launch for their stacks.
+class Coroutines {
+  public:
+    // Returns false where the threads wait for each other for ever.
+    bool run(uint32_t threads, const std::function<void(uint32_t)>& enter, const std::function<void()>& body,
+             const std::function<void(uint32_t)>& leave) {
+        while (all_.size() < threads) {
+            all_.push_back(std::make_unique<Coroutine>());
+        }
+        body_ = &body;
+        leave_ = &leave;
+        for (uint32_t thread = 0; thread < threads; ++thread) {
+            Coroutine& coroutine = *all_[thread];
+            coroutine.done = false;
+            getcontext(&coroutine.context);
+            coroutine.context.uc_stack.ss_sp = coroutine.stack.get();
+            coroutine.context.uc_stack.ss_size = STACK_BYTES;
+            coroutine.context.uc_link = &scheduler_;
+            makecontext(&coroutine.context, &Coroutines::main, 0);
+        }
+        for (uint32_t live = threads; live > 0;) {
+            const uint64_t progress = CoroutineBarrier::progress;
+            for (uint32_t thread = 0; thread < threads; ++thread) {
+                if (!all_[thread]->done) {
+                    current_ = thread;
+                    enter(thread);
+                    running_ = this;
+                    swapcontext(&scheduler_, &all_[thread]->context);
+                    live -= all_[thread]->done ? 1 : 0;
+                }
+            }
+            if (live > 0 && progress == CoroutineBarrier::progress) {
+                return false;
+            }
+        }
+        return true;
+    }
+    void give_way() { swapcontext(&all_[current_]->context, &scheduler_); }
+
+  private:
+    static constexpr size_t STACK_BYTES = 256 * 1024;
+    struct Coroutine {
+        ucontext_t context;
+        std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+        bool done = false;
+    };
+    static void main() {
+        Coroutines& self = *running_;
+        (*self.body_)();
+        const uint32_t thread = self.current_;
+        (*self.leave_)(thread);
+        self.all_[thread]->done = true;
+    }
+    static inline Coroutines* running_ = nullptr;
+    std::vector<std::unique_ptr<Coroutine>> all_;
+    ucontext_t scheduler_;
+    const std::function<void()>* body_ = nullptr;
+    const std::function<void(uint32_t)>* leave_ = nullptr;
+    uint32_t current_ = 0;
+};
+
+inline Coroutines coroutines;
+
+// Runs body() once per thread of every block, all on the calling OS thread. Returns false for a deadlock.
+template <typename Body>
+bool run_sequential(uint32_t blocks, uint32_t threads, const Body& body, std::vector<Interval>& read,
+                    std::vector<Interval>& written) {
+    const uint32_t warps = (threads + WARP - 1) / WARP;
+    const auto give_way = [] { coroutines.give_way(); };
+    CoroutineBarrier block_barrier(give_way);
+    std::vector<std::unique_ptr<CoroutineBarrier>> warp_barriers;
+    Block shared;
+    shared.barrier = &block_barrier;
+    shared.exchange.resize(threads);
+    for (uint32_t warp = 0; warp < warps; ++warp) {
+        warp_barriers.push_back(std::make_unique<CoroutineBarrier>(give_way));
+        shared.warp_barriers.push_back(warp_barriers.back().get());
+    }
+    std::vector<Requests> all_requests(threads);
+    block = &shared;
+    blockDim = {threads, 1, 1};
+    gridDim = {blocks, 1, 1};
+    bool finished = true;
+    for (uint32_t index = 0; index < blocks && finished; ++index) {
+        blockIdx = {index, 0, 0};
+        block_barrier.reset(threads);
+        for (uint32_t warp = 0; warp < warps; ++warp) {
+            warp_barriers[warp]->reset(std::min(WARP, threads - warp * WARP));
+        }
+        finished = coroutines.run(
+            threads,
+            [&](uint32_t thread) {
+                threadIdx = {thread, 0, 0};
+                requests = &all_requests[thread];
+            },
+            body,
+            [&](uint32_t thread) {
+                shared.warp_barriers[thread / WARP]->leave();
+                block_barrier.leave();
+            });
+        finish_block(all_requests, read, written);
+    }
+    block = nullptr;
+    requests = nullptr;
+    return finished;
+}
+
+// Runs a kernel; returns null, or what a GPU would have stopped at.
+template <typename Body>
+const char* launch(uint32_t blocks, uint32_t threads, const Body& body) {
+    static std::mutex one_at_a_time;
+    static std::string fault;
+    std::lock_guard lock(one_at_a_time);
+    std::vector<Interval> read, written;
+    misaligned_bytes = 0;
+    bool finished = true;
+    if (mode == Mode::concurrent) {
+        run_concurrent(blocks, threads, body, read, written);
+    } else {
+        finished = run_sequential(blocks, threads, body, read, written);
+    }
+    traffic.counted_bytes += join_intervals(read) + join_intervals(written);
+    traffic.launches += 1;
+    traffic.read = std::move(read);
+    traffic.written = std::move(written);
+    if (!finished) {
+        return "deadlock: not every thread of the block reaches the same barrier";
+    }
+    if (misaligned_bytes != 0) {
+        fault = "misaligned access of " + std::to_string(misaligned_bytes) + " bytes";
+        return fault.c_str();
+    }
+    return nullptr;
+}
+
+// The value that `lane` of the calling thread's warp passes in the same call.
+template <typename T>
+T exchange(T value, uint32_t lane) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    Block& shared = *block;
+    Barrier& warp = *shared.warp_barriers[threadIdx.x / WARP];
+    const uint32_t first = threadIdx.x / WARP * WARP;
+    std::memcpy(&shared.exchange[threadIdx.x], &value, sizeof(T));
+    warp.wait();
+    T result;
+    std::memcpy(&result, &shared.exchange[std::min<size_t>(first + lane, shared.exchange.size() - 1)],
+                sizeof(T));
+    warp.wait();
+    return result;
+}
+
+}  // namespace fused_ops::emulator
+
+inline void __syncthreads() {
+    fused_ops::emulator::block->barrier->wait();
+}
+
+inline void __syncwarp(uint32_t /*mask*/ = 0xffffffffu) {
+    fused_ops::emulator::block->warp_barriers[threadIdx.x / fused_ops::emulator::WARP]->wait();
+}
+
+template <typename T>
+T __shfl_sync(uint32_t /*mask*/, T value, int lane) {
+    return fused_ops::emulator::exchange(value, static_cast<uint32_t>(lane) % fused_ops::emulator::WARP);
+}
+
+template <typename T>
+T __shfl_down_sync(uint32_t /*mask*/, T value, uint32_t delta) {
+    const uint32_t lane = threadIdx.x % fused_ops::emulator::WARP;
+    const uint32_t source = lane + delta < fused_ops::emulator::WARP ? lane + delta : lane;
+    return fused_ops::emulator::exchange(value, source);
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t /*mask*/, T value, uint32_t lanes) {
+    return fused_ops::emulator::exchange(value, (threadIdx.x ^ lanes) % fused_ops::emulator::WARP);
+}

@@ -1,0 +1,253 @@
+"""The DS-Block as a module that owns stock submodules under the names of the public code."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_ops.blocks.drop_path import DropPath
+from fused_ops.blocks.ds_block.reference import GLOBAL_DOWN, grid_size, split_channels
+from fused_ops.blocks.layout import (
+    PointwiseConv2d,
+    is_channels_last,
+    like_input,
+    map_to_tokens,
+    to_channels_last,
+    tokens_to_map,
+)
+from fused_ops.depthwise import BatchNormState, depthwise_conv
+
+_EPS = 1e-5
+
+
+class _Mlp(nn.Module):
+    """1x1 conv, exact GELU, 1x1 conv on maps (B, C, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float, **factory: object) -> None:
+        super().__init__()
+        self.fc1 = PointwiseConv2d(dim, hidden_dim, **factory)
+        self.act = nn.GELU()
+        self.fc2 = PointwiseConv2d(hidden_dim, dim, **factory)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DSBlock(nn.Module):
+    """Dual-stream block: local convolution and global attention, mixed by co-attention.
+
+    Input and output are maps (B, dim, H, W) of any size in float16, bfloat16, float32 or float64. The
+    working layout is channels_last, in which no permuted copy is made; NCHW input is converted once at the
+    entry and once at the exit. The output layout follows the input's.
+
+    Parameter names and shapes are those of SteveTsui/DS-Net (``MixBlock``) and PaddleClas. Both depthwise
+    convolutions run through :func:`fused_ops.depthwise.depthwise_conv`, which reads the parameters of the
+    submodules ``pos_embed``, ``conv``, ``norm_conv1`` and ``attn_down`` instead of calling them: hooks on
+    these four are not called, hooks on the block and on all other submodules are.
+
+    Args:
+        dim: channels of the map.
+        num_heads: heads of the self-attention and of both directions of the co-attention; must divide the
+            channels of the global stream.
+        downsample: s; the global stream works on a grid of floor(H/s) x floor(W/s) tokens, at least 1 x 1.
+        alpha: share of the channels given to the global stream, in [0, 1].
+        mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
+        align: inter-scale alignment (the starred models of the paper); needs ``alpha=0.5``.
+        global_down: ``"bilinear"``, or ``"dwconv"``: a depthwise convolution with kernel 2s+1 and stride s.
+            Inferred, see the README of this folder; its grid is floor((H-1)/s)+1.
+        attn_drop: dropout of the three softmax outputs in training. The public code has 0.1 hard-wired.
+        proj_drop: dropout after the last 1x1 convolution and inside the MLP.
+        drop_path: stochastic depth, drawn for each of the two residual branches on its own.
+
+    Raises:
+        ValueError: for arguments that do not fit together, or an input that is not (B, dim, H, W).
+
+    Source: Mao et al., "Dual-stream Network for Visual Recognition", NeurIPS 2021 (arXiv 2105.14734).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        downsample: int,
+        alpha: float = 0.5,
+        mlp_ratio: float = 4.0,
+        align: bool = True,
+        global_down: str = "bilinear",
+        attn_drop: float = 0.1,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(dim, num_heads, downsample, alpha, mlp_ratio, align, global_down)
+        factory = {"device": device, "dtype": dtype}
+        num_global, num_local = split_channels(dim, alpha)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.downsample = downsample
+        self.alpha = alpha
+        self.align = align
+        self.global_down = global_down
+        self.num_global, self.num_local = num_global, num_local
+
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.norm1 = nn.BatchNorm2d(dim, eps=_EPS, **factory)
+        self.conv1 = PointwiseConv2d(dim, dim, **factory)
+        self.conv2 = PointwiseConv2d(dim, dim, **factory)
+        if num_local:
+            self.norm_conv1 = nn.BatchNorm2d(num_local, eps=_EPS, **factory)
+            self.conv = nn.Conv2d(num_local, num_local, 3, padding=1, groups=num_local, **factory)
+        if num_global:
+            if global_down == "dwconv":
+                self.attn_down = nn.Conv2d(
+                    num_global,
+                    num_global,
+                    2 * downsample + 1,
+                    stride=downsample,
+                    padding=downsample,
+                    groups=num_global,
+                    **factory,
+                )
+            self.norm_sa1 = nn.LayerNorm(num_global, eps=_EPS, **factory)
+            self.channel_up = nn.Linear(num_global, 3 * num_global, **factory)
+        if align:
+            self.norm_conv2 = nn.BatchNorm2d(num_local, eps=_EPS, **factory)
+            self.norm_sa2 = nn.LayerNorm(num_global, eps=_EPS, **factory)
+            self.cross_channel_up_conv = PointwiseConv2d(num_local, 3 * num_local, **factory)
+            self.cross_channel_up_sa = nn.Linear(num_global, 3 * num_global, **factory)
+            self.fuse_channel_conv = nn.Linear(num_local, num_local, **factory)
+            self.fuse_channel_sa = nn.Linear(num_global, num_global, **factory)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.BatchNorm2d(dim, eps=_EPS, **factory)
+        self.mlp = _Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and statistics again, for instance after ``to_empty``.
+
+        Linear layers: truncated normal with standard deviation 0.02, zero bias. All else: PyTorch's defaults.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be (B, {self.dim}, H, W), got {tuple(x.shape)}")
+        channels_last = is_channels_last(x)
+        x = to_channels_last(x)
+
+        x1 = depthwise_conv(x, self.pos_embed.weight, self.pos_embed.bias, padding=1, residual=x)
+        y = self.conv1(self.norm1(x1))
+        streams = []
+        if self.num_local:
+            local = self._local(y[:, self.num_global :])
+        if self.num_global:
+            tokens, grid = self._global(y[:, : self.num_global])
+        if self.align:
+            local, tokens = self._co_attention(local, tokens)
+        if self.num_local:
+            streams.append(local)
+        if self.num_global:
+            streams.append(_resize(tokens_to_map(tokens, grid), (x.shape[-2], x.shape[-1])))
+        # The order is local, global: the reverse of the split.
+        z = torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
+        x2 = x1 + self.drop_path(self.proj_drop(self.conv2(z)))
+        out = x2 + self.drop_path(self.mlp(self.norm2(x2)))
+        return like_input(out, channels_last)
+
+    def _local(self, x: Tensor) -> Tensor:
+        """l1 = l0 + DW3x3(BN(l0)) of a channel slice (B, num_local, H, W)."""
+        norm = self.norm_conv1
+        if isinstance(norm, nn.BatchNorm2d):
+            state = BatchNormState.from_module(norm)
+            return depthwise_conv(
+                x, self.conv.weight, self.conv.bias, padding=1, norm=state, norm_placement="pre", residual=x
+            )
+        # A converter (SyncBatchNorm, a frozen norm) has put another layer here.
+        return depthwise_conv(norm(x), self.conv.weight, self.conv.bias, padding=1, residual=x)
+
+    def _global(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Down-sampling and self-attention of (B, num_global, H, W): tokens (B, M, num_global) and grid."""
+        if self.global_down == "dwconv":
+            weight, bias, step = self.attn_down.weight, self.attn_down.bias, self.downsample
+            x = depthwise_conv(x, weight, bias, stride=step, padding=step)
+        else:
+            x = _resize(x, grid_size(x.shape[-2], x.shape[-1], self.downsample))
+        tokens = map_to_tokens(x)
+        query, key, value = self._heads(self.channel_up(self.norm_sa1(tokens)))
+        return tokens + self._attention(query, key, value), (x.shape[-2], x.shape[-1])
+
+    def _co_attention(self, local: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions at once, from the same inputs: maps (B, h, H, W) and tokens (B, M, h)."""
+        projected = map_to_tokens(self.cross_channel_up_conv(self.norm_conv2(local)))
+        query_l, key_l, value_l = self._heads(projected)
+        query_g, key_g, value_g = self._heads(self.cross_channel_up_sa(self.norm_sa2(tokens)))
+        to_local = self.fuse_channel_conv(self._attention(query_l, key_g, value_g))
+        to_global = self.fuse_channel_sa(self._attention(query_g, key_l, value_l))
+        size = (local.shape[-2], local.shape[-1])
+        return local + tokens_to_map(to_local, size), tokens + to_global
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3·C) in the order [q | k | v], each [head][d_h], to three views (B, heads, N, d_h)."""
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return heads[0], heads[1], heads[2]
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(Q Kᵀ / sqrt(d_h)) V of (B, heads, N, d_h); returns (B, Nq, heads·d_h)."""
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, downsample={self.downsample}, "
+            f"alpha={self.alpha:g}, align={self.align}, global_down={self.global_down!r}"
+        )
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize without corner alignment and antialiasing; the identity for the same size."""
+    if (x.shape[-2], x.shape[-1]) == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
+
+
+def _init_linear(module: nn.Linear) -> None:
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    nn.init.zeros_(module.bias)
+
+
+def _check_arguments(
+    dim: int, num_heads: int, downsample: int, alpha: float, mlp_ratio: float, align: bool, global_down: str
+) -> None:
+    for name, value in (("dim", dim), ("num_heads", num_heads), ("downsample", downsample)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if int(dim * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio must give a hidden channel or more, got {mlp_ratio} with dim={dim}")
+    if global_down not in GLOBAL_DOWN:
+        raise ValueError(f"global_down must be one of {', '.join(GLOBAL_DOWN)}, got {global_down!r}")
+    num_global, num_local = split_channels(dim, alpha)
+    if align and num_global != num_local:
+        raise ValueError(
+            f"align=True needs streams of equal width (alpha=0.5 and an even dim), got alpha={alpha} and "
+            f"dim={dim}, which give {num_global} global and {num_local} local channels"
+        )
+    if num_global % num_heads:
+        raise ValueError(
+            f"num_heads must divide the {num_global} channels of the global stream (dim={dim}, "
+            f"alpha={alpha}), got {num_heads}"
+        )

@@ -1,0 +1,40 @@
+"""Model zoo: one file per published system, registered with timm.
+
+Example::
+
+    from fused_ops.models import create_model, list_models, load_checkpoint
+
+    model = create_model("dsnet_tiny_star", num_classes=10)
+    features = create_model("dsnet_tiny_star", features_only=True)
+    load_checkpoint(model, "official.pth", new_classifier=True)
+"""
+
+from fused_ops.models import requirements  # noqa: F401, I001 (first: it says what is missing)
+from fused_ops.models import dsnet  # noqa: F401 (registers its models)
+from fused_ops.models.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    official_state_dict,
+    save_checkpoint,
+)
+from fused_ops.models.registry import (
+    count_macs,
+    count_params,
+    create_model,
+    list_models,
+    model_table,
+    systems,
+)
+
+__all__ = [
+    "CheckpointError",
+    "count_macs",
+    "count_params",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "model_table",
+    "official_state_dict",
+    "save_checkpoint",
+    "systems",
+]

@@ -1,0 +1,79 @@
+"""``python -m fused_ops.models``: the table of models.
+
+Counted columns are ours; published ones are the papers', with the source in ``--json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fused_ops.models.registry import model_table
+
+COLUMNS = ("name", "system", "params", "MACs", "input", "published params", "published MACs", "top-1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status: 1 if no model matches the filter."""
+    parser = argparse.ArgumentParser(prog="fused-ops models", description="List the models of the zoo.")
+    parser.add_argument("filter", nargs="?", default="", help="pattern (dsnet_*star) or part of a name")
+    parser.add_argument("--json", action="store_true", help="print JSON rows with sources and notes")
+    arguments = parser.parse_args(argv)
+    rows = model_table(arguments.filter)
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        _print_table(rows)
+    else:
+        print(f"no model matches {arguments.filter!r}", file=sys.stderr)
+    return 0 if rows else 1
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def scaled(value: float | None, unit: float, digits: int, suffix: str) -> str:
+        return "-" if value is None else f"{value / unit:.{digits}f} {suffix}"
+
+    return (
+        row["name"] + (" *" if row["note"] else ""),
+        row["system"],
+        scaled(row["params"], 1e6, 3, "M"),
+        scaled(row["macs"], 1e9, 3, "G"),
+        "x".join(map(str, row["input_size"])),
+        scaled(row["published_params"], 1e6, 1, "M"),
+        scaled(row["published_macs"], 1e9, 1, "G"),
+        "-" if row["published_top1"] is None else f"{row['published_top1']:.1f}",
+    )
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    cells = [_cells(row) for row in rows]
+    notes = [f"* {row['name']}: {row['note']}" for row in rows if row["note"]]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+        for line in (COLUMNS, *cells):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(*notes, sep="\n")
+        return
+    table = Table()
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+    else:
+        # Piped output is not cut to the width of a terminal that is not there.
+        Console(width=200).print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""The depthwise CUDA kernel, run by the emulator on CPU tensors, against float64 PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_ops.core import native
+from fused_ops.depthwise import cuda
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def channels_last(*shape, dtype=torch.float32, spare=0, device="cpu"):
+    """A random channels_last map; with ``spare``, a channel slice of a wider one."""
+    n, c, h, w = shape
+    wide = torch.randn(n, h, w, c + spare).to(device=device, dtype=dtype)
+    return wide.permute(0, 3, 1, 2)[:, :c]
+
+
+def make_call(x, *, padding=(1, 1), norm="none", affine=True, bias=True, activation="none", **options):
+    channels, dtype, device = x.shape[1], options.pop("parameters", torch.float32), x.device
+    vector = lambda: torch.randn(channels).to(device=device, dtype=dtype)  # noqa: E731
+    mode = options.pop("residual_mode", "none")
+    identity = options.pop("identity", False)
+    height, width = (size + 2 * p - 2 for size, p in zip(x.shape[2:], padding, strict=True))
+    residual = None
+    if mode != "none" and not identity:
+        residual = channels_last(
+            x.shape[0], channels, height, width, dtype=x.dtype, spare=options.pop("spare", 0), device=device
+        )
+    has_norm = norm != "none"
+    call = SimpleNamespace(
+        x=x,
+        weight=(torch.randn(channels, 1, 3, 3) / 3).to(device=device, dtype=dtype),
+        bias=vector() if bias else None,
+        norm_weight=vector() if has_norm and affine else None,
+        norm_bias=vector() if has_norm and affine else None,
+        mean=vector() if has_norm else None,
+        var=vector().square() + 0.5 if has_norm else None,
+        residual=residual,
+        stride=(1, 1),
+        padding=padding,
+        dilation=(1, 1),
+        norm=norm,
+        batch_stats=False,
+        eps=1e-5,
+        activation=activation,
+        residual_mode=mode,
+        identity=identity,
+        keep_raw=False,
+        needs_grad=False,
+        output_shape=(x.shape[0], channels, height, width),
+    )
+    for name, value in options.items():
+        setattr(call, name, value)
+    return call
+
+
+def expected(call):
+    """The definition in float64."""
+    double = lambda tensor: None if tensor is None else tensor.double()  # noqa: E731
+    x = double(call.x)
+    norm = [double(tensor) for tensor in (call.mean, call.var, call.norm_weight, call.norm_bias)]
+    z = F.batch_norm(x, *norm, False, 0.0, call.eps) if call.norm == "pre" else x
+    y = F.conv2d(z, double(call.weight), double(call.bias), padding=call.padding, groups=x.shape[1])
+    if call.norm == "post":
+        y = F.batch_norm(y, *norm, False, 0.0, call.eps)
+    residual = x if call.identity else double(call.residual)
+    if call.residual_mode == "before":
+        y = y + residual
+    y = ACTIVATIONS[call.activation](y)
+    return y + residual if call.residual_mode == "after" else y
+
+
+def empty_output(call):
+    shape = call.output_shape
+    out = torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last)
+    return out.fill_(float("nan"))
+
+
+def run(call, **choices):
+    ok, reason = cuda.can_run(call)
+    assert ok, reason
+    return cuda.emulate_forward(call, empty_output(call), **choices)
+
+
+def check(call, out):
+    # Rounding of the result, and float32 sums of terms of about 1; half precision rounds once.
+    relative = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[call.x.dtype]
+    reference = expected(call)
+    error = (out.double() - reference).abs()
+    allowed = relative * 1.05 * reference.abs() + 2e-5 + 1e-6 * reference.abs()
+    assert out.shape == reference.shape
+    assert (error <= allowed).all(), (
+        f"largest error {error.max():.3g} ({(error / allowed).max():.3g} x allowed)"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 8, 9, 7), (1, 1, 1, 1), (1, 1, 5, 6), (3, 3, 4, 5), (1, 20, 13, 6), (2, 64, 7, 7), (1, 257, 3, 2)],
+    ids=str,
+)
+def test_shapes(emulator, dtype, shape):
+    call = make_call(channels_last(*shape, dtype=dtype))
+    check(call, run(call))
+
+
+@pytest.mark.parametrize("norm", ["none", "pre", "post"])
+@pytest.mark.parametrize("residual_mode", ["none", "before", "after", "identity before", "identity after"])
+def test_every_combination_of_options(emulator, norm, residual_mode):
+    identity = residual_mode.startswith("identity")
+    mode = residual_mode.removeprefix("identity ")
+    for activation, dtype in itertools.product(ACTIVATIONS, DTYPES):
+        x = channels_last(1, 16, 5, 6, dtype=dtype)
+        call = make_call(x, norm=norm, activation=activation, residual_mode=mode, identity=identity)
+        check(call, run(call))
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0), (2, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_padding_is_zero_after_the_norm(emulator, padding, norm):
+    call = make_call(channels_last(2, 12, 5, 4), padding=padding, norm=norm, residual_mode="after")
+    check(call, run(call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spare", [1, 2, 4, 8])
+def test_channel_slices(emulator, dtype, spare):
+    x = channels_last(2, 16, 6, 5, dtype=dtype, spare=spare)
+    call = make_call(x, norm="post", residual_mode="before", spare=spare)
+    check(call, run(call))
+
+
+def test_crops_and_expanded_maps(emulator):
+    whole = channels_last(2, 8, 9, 9)
+    for x in (whole[:, :, 1:7, 2:8], whole[:, :, ::2, ::3], whole[:1].expand(3, -1, -1, -1)):
+        call = make_call(x)
+        check(call, cuda.emulate_forward(call, empty_output(call)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_parameters_in_the_type_of_the_map(emulator, dtype):
+    for norm in ("pre", "post"):
+        call = make_call(channels_last(1, 8, 5, 5, dtype=dtype), norm=norm, parameters=dtype)
+        check(call, run(call))
+
+
+def test_no_affine_and_no_bias(emulator):
+    for norm in ("pre", "post"):
+        call = make_call(channels_last(1, 8, 5, 5), norm=norm, affine=False, bias=False)
+        check(call, run(call))
+
+
+def test_mean_far_above_the_deviation(emulator):
+    for norm in ("pre", "post"):
+        x = channels_last(1, 8, 6, 6)
+        call = make_call(x + 1000, norm=norm, bias=False)
+        if norm == "pre":
+            call.mean = torch.full((8,), 1000.0)
+        else:
+            call.mean = 1000 * call.weight.sum((1, 2, 3))
+        error = (run(call).double() - expected(call)).abs()
+        if norm == "post":
+            # Border positions lack taps; their sums are far from the mean.
+            error = error[..., 1:-1, 1:-1]
+        assert error.max() < 2e-3
+
+
+def test_infinities_and_nan_come_out_as_from_torch(emulator):
+    x = channels_last(1, 4, 4, 4)
+    x[0, 0, 1, 1], x[0, 1, 2, 2], x[0, 2, 0, 0] = float("nan"), float("inf"), float("-inf")
+    for activation in ACTIVATIONS:
+        call = make_call(x, activation=activation)
+        call.weight = call.weight.abs()
+        torch.testing.assert_close(
+            run(call), expected(call).float(), equal_nan=True, rtol=1e-5, atol=1e-5, check_stride=False
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_vector_width_and_strip_gives_the_same_bits(emulator, dtype):
+    call = make_call(
+        channels_last(2, 16, 11, 7, dtype=dtype), norm="pre", residual_mode="before", identity=True
+    )
+    first = run(call)
+    check(call, first)
+    widths = (1, 2, 4) if dtype == torch.float32 else (1, 2, 4, 8)
+    for width, rows in itertools.product(widths, (1, 2, 3, 4, 11, 40)):
+        assert torch.equal(first, run(call, vector_width=width, strip_rows=rows))
+
+
+def test_repeats_are_bit_equal_on_concurrent_threads(emulator):
+    call = make_call(channels_last(1, 20, 6, 5), norm="post", residual_mode="after")
+    first = run(call)
+    emulator.set_mode("concurrent")
+    for _ in range(10):
+        assert torch.equal(first, run(call))
+
+
+def test_empty_batch(emulator):
+    call = make_call(channels_last(0, 8, 5, 5))
+    assert cuda.can_run(call) == (True, "")
+    out, *_ = cuda.forward(call, empty_output(call), *[torch.empty(0)] * 3)
+    assert out.shape == (0, 8, 5, 5)
+    assert emulator.traffic()["launches"] == 0
+
+
+def test_nothing_outside_the_maps_is_touched(emulator):
+    """Canaries around the output stay, and every address that is read belongs to an argument."""
+    for shape, dtype in itertools.product([(1, 3, 5, 5), (2, 8, 4, 7), (1, 20, 3, 3)], DTYPES):
+        n, c, h, w = shape
+        spare = 8
+        x = channels_last(*shape, dtype=dtype, spare=spare)
+        call = make_call(x, norm="pre", residual_mode="before")
+        band = torch.full((n + 2, h + 2, w + 2, c + spare), 7.0, dtype=dtype)
+        out = band[1:-1, 1:-1, 1:-1, :c].permute(0, 3, 1, 2)
+        before = band.clone()
+        cuda.emulate_forward(call, out)
+        check(call, out)
+        inside = torch.zeros_like(band, dtype=torch.bool)
+        inside[1:-1, 1:-1, 1:-1, :c] = True
+        assert torch.equal(band[~inside], before[~inside])
+
+        def addresses(tensor):
+            size = tensor.element_size()
+            offsets = [torch.arange(s) * t for s, t in zip(tensor.shape, tensor.stride(), strict=True)]
+            total = offsets[0]
+            for offset in offsets[1:]:
+                total = (total[:, None] + offset).flatten()
+            return {
+                tensor.data_ptr() + size * element + byte
+                for element in total.tolist()
+                for byte in range(size)
+            }
+
+        vectors = (call.weight, call.bias, call.norm_weight, call.norm_bias, call.mean, call.var)
+        readable = set().union(*(addresses(tensor) for tensor in (x, call.residual, *vectors)))
+        read, written = ({a for interval in part for a in range(*interval)} for part in emulator.touched())
+        assert read == readable
+        assert written == addresses(out)
+
+
+def test_traffic(emulator):
+    x = channels_last(2, 32, 14, 14, dtype=torch.float16)
+    call = make_call(x, bias=False, residual_mode="after", identity=True)
+    run(call)
+    traffic = emulator.traffic()
+    least = 2 * x.numel() * 2 + call.weight.numel() * 4
+    assert traffic["counted_bytes"] == least
+    assert least <= traffic["block_bytes"] < 1.5 * least
+    assert traffic["block_bytes"] <= traffic["requested_bytes"] < 2.5 * least
+    run(call)
+    assert emulator.traffic()["counted_bytes"] == 2 * least
+    emulator.reset_traffic()
+    assert emulator.traffic()["counted_bytes"] == 0
+
+
+def test_misaligned_vectors_are_refused(emulator):
+    call = make_call(channels_last(1, 8, 4, 4, spare=1))
+    with pytest.raises(RuntimeError, match="vector_width does not divide"):
+        run(call, vector_width=4)
+
+
+def test_wrong_arguments_are_refused(emulator):
+    call = make_call(channels_last(1, 4, 4, 4))
+    with pytest.raises(RuntimeError, match="size is not that of a 3x3"):
+        cuda.emulate_forward(call, torch.empty(1, 4, 5, 4))
+    call = make_call(channels_last(1, 4, 4, 4), norm="pre", mean=None)
+    with pytest.raises(RuntimeError, match="no running mean"):
+        cuda.emulate_forward(call, empty_output(call))
+    call = make_call(channels_last(1, 4, 4, 4), residual_mode="after", residual=None)
+    with pytest.raises(RuntimeError, match="a residual mode a residual"):
+        cuda.emulate_forward(call, empty_output(call))
+
+
+def test_offsets_beyond_32_bits(emulator):
+    """Images more than 2**31 elements apart; only the touched pages of the storage take memory."""
+    storage = torch.empty(2**31 + 4096, dtype=torch.float16)
+    x = torch.as_strided(storage, (2, 8, 4, 4), (2**31 + 8, 1, 32, 8))
+    x.copy_(torch.randn(2, 8, 4, 4))
+    call = make_call(x)
+    check(call, run(call))
+
+
+def test_codes_are_those_of_the_kernels(emulator):
+    codes = emulator.codes()
+    assert codes["activation"] == native.ACTIVATIONS
+    assert codes["norm"] == cuda.NORMS
+    assert codes["residual_mode"] == cuda.RESIDUAL_MODES
+    names = {str(dtype).removeprefix("torch."): code for dtype, code in native.SCALAR_TYPES.items()}
+    assert codes["type"] == names
+
+
+REFUSALS = {
+    "gradients are needed; the CUDA kernel has no backward": {"needs_grad": True},
+    "batch statistics are needed; the CUDA kernel is for evaluation": {"batch_stats": True},
+    "the convolution's own output is to be kept; the CUDA kernel does not write it": {"keep_raw": True},
+    "the kernel is 5x5; the CUDA kernel is for 3x3": {"weight": torch.zeros(4, 1, 5, 5)},
+    "stride is (2, 2); the CUDA kernel is for stride 1": {"stride": (2, 2)},
+    "dilation is (2, 2); the CUDA kernel is for dilation 1": {"dilation": (2, 2)},
+    "activation is mish; the CUDA kernel does not have it": {"activation": "mish"},
+    "x is torch.float64; the CUDA kernel is for float32, float16 and bfloat16": {
+        "x": torch.zeros(1, 4, 4, 4, dtype=torch.float64)
+    },
+    "bias is torch.float64; the CUDA kernel reads float32, float16 and bfloat16": {
+        "bias": torch.zeros(4, dtype=torch.float64)
+    },
+    "x has strides (64, 16, 4, 1); the CUDA kernel reads channels_last": {"x": torch.zeros(1, 4, 4, 4)},
+    "residual has strides (64, 16, 4, 1); the CUDA kernel reads channels_last": {
+        "residual": torch.zeros(1, 4, 4, 4)
+    },
+    "the residual is x itself and padding is (2, 2); the CUDA kernel needs 1": {
+        "identity": True,
+        "padding": (2, 2),
+    },
+}
+
+
+@pytest.mark.parametrize(("reason", "change"), REFUSALS.items(), ids=lambda value: str(value)[:30])
+def test_can_run_says_why_not(emulator, reason, change):
+    call = make_call(channels_last(1, 4, 4, 4))
+    assert cuda.can_run(call) == (True, "")
+    for name, value in change.items():
+        setattr(call, name, value)
+    assert cuda.can_run(call) == (False, reason)
+
+
+def test_without_an_emulator_a_cpu_tensor_is_refused():
+    call = make_call(channels_last(1, 4, 4, 4))
+    assert cuda.can_run(call) == (False, "x is on cpu; the CUDA backend needs a CUDA tensor")
+
+
+def test_can_run_on_fake_tensors(emulator):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert cuda.can_run(make_call(channels_last(1, 4, 4, 4), norm="post")) == (True, "")
+
+
+def test_the_operator_runs_it(emulator):
+    import fused_ops
+
+    x = channels_last(1, 8, 6, 6)
+    weight = torch.randn(8, 1, 3, 3)
+    with fused_ops.backend("cuda"), torch.no_grad():
+        out = fused_ops.depthwise_conv(x, weight, padding=1, activation="silu", residual=x)
+    assert emulator.traffic()["launches"] == 1
+    torch.testing.assert_close(out, F.silu(F.conv2d(x, weight, padding=1, groups=8)) + x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["none", "pre", "post"])
+@pytest.mark.parametrize("shape", [(2, 64, 56, 56), (1, 3, 5, 7), (3, 20, 13, 6), (1, 257, 9, 9)], ids=str)
+def test_on_the_gpu(dtype, norm, shape):
+    ok, reason = native.status()
+    if not ok:
+        pytest.skip(reason)
+    for activation, mode in itertools.product(ACTIVATIONS, ("none", "before", "identity after")):
+        x = channels_last(*shape, dtype=dtype, device="cuda", spare=8)
+        identity = mode.startswith("identity")
+        call = make_call(
+            x,
+            norm=norm,
+            activation=activation,
+            residual_mode=mode.removeprefix("identity "),
+            identity=identity,
+        )
+        ok, reason = cuda.can_run(call)
+        assert ok, reason
+        out = empty_output(call)
+        cuda.forward(call, out, x, x, x)
+        check(call, out)
+        first = out.clone()
+        for _ in range(20):
+            cuda.forward(call, out, x, x, x)
+            assert torch.equal(out, first)

@@ -1,0 +1,36 @@
+"""Kernels on CPU threads under sanitizers; programs of csrc/emulator/tests."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+SANITIZERS = [
+    None,
+    pytest.param("address", marks=pytest.mark.slow),
+    pytest.param("thread", marks=pytest.mark.slow),
+]
+
+
+def run(program):
+    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
+    return result
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("program", ["block_reduction", "depthwise_forward"])
+def test_clean(tools, sanitizer, program):
+    result = run(tools.build_emulator_tests(sanitizer)[program])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "right" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_missing_barrier_is_reported(tools):
+    result = run(tools.build_emulator_tests("thread")["block_reduction_without_barrier"])
+    assert result.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in result.stderr
+    assert "sum_rows" in result.stderr

@@ -1,0 +1,40 @@
+"""Registers and spills of the compiled kernels."""
+
+from __future__ import annotations
+
+import pytest
+from fused_ops.bench import resources
+
+LISTING = """
+arch = sm_90
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN1a6kernelIfLi4EEEvi:
+  REG:63 STACK:8 SHARED:2560 LOCAL:16 CONSTANT[0]:920 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_parsing():
+    (row,) = resources.parse_resource_usage(LISTING, "depthwise", "cuda")
+    assert (row.arch, row.registers, row.spill_bytes, row.shared_bytes) == ("sm_90", 63, 24, 2560)
+    assert (row.op, row.backend) == ("depthwise", "cuda")
+    assert "kernel" in row.kernel
+    assert "spills" in resources.format_table([row])
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_on_any_architecture(tools):
+    try:
+        tools.find_toolkit()
+        resources.find_cuobjdump()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    rows = resources.native_resources()
+    assert {row.arch for row in rows} == {f"sm_{arch}" for arch in tools.SUPPORTED_ARCHITECTURES}
+    spilling = [row for row in rows if row.spill_bytes]
+    assert not spilling, resources.format_table(spilling)
+    assert max(row.registers for row in rows) <= 168
+    assert max(row.shared_bytes for row in rows) <= 48 * 1024
+    kernels = {(row.kernel, row.config) for row in rows}
+    assert len(rows) == len(kernels) * len(tools.SUPPORTED_ARCHITECTURES)

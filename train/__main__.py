@@ -1,0 +1,5 @@
+import sys
+
+from fused_ops.train.main import main
+
+sys.exit(main())
