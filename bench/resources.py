@@ -1,22 +1,27 @@
 """What compiled kernels use of a multiprocessor: registers, spills, shared memory. Needs a compiler, no GPU.
 
-python -m fused_ops.bench.resources                  # every CUDA kernel, every supported architecture
-python -m fused_ops.bench.resources --archs 80 90
+python -m fused_ops.bench.resources                                   # every kernel, every architecture
+python -m fused_ops.bench.resources --backend triton --archs 80 90
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fused_ops.core import native
+import torch
+
+from fused_ops.core import library, native
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,32 @@ def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
     return rows
 
 
+def triton_resources(archs: Sequence[str] | None = None) -> list[Resources]:
+    """Compiles the Triton kernels that the operators' sample calls launch, and reads what each uses.
+
+    Args:
+        archs: e.g. ``["80", "90"]``; None for all that the project supports.
+
+    Raises:
+        RuntimeError: Triton is interpreting in this process, or there is no cuobjdump.
+    """
+    from fused_ops.bench.triton_compile import specialisations
+
+    cuobjdump = find_cuobjdump()
+    rows = []
+    for operator in library.operators().values():
+        for kernel in specialisations(operator, torch.bfloat16):
+            for arch in archs or native.build_tools().SUPPORTED_ARCHITECTURES:
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(kernel.compile(int(arch)))
+                    file.flush()
+                    command = [str(cuobjdump), "--dump-resource-usage", file.name]
+                    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                (row,) = parse_resource_usage(text, operator.name, "triton")
+                rows.append(replace(row, kernel=kernel.name, config=kernel.config, arch=f"sm_{arch}"))
+    return rows
+
+
 def format_table(rows: Sequence[Resources]) -> str:
     """The rows as aligned text, spills marked."""
     header = list(Resources.__dataclass_fields__)
@@ -133,11 +164,21 @@ def format_table(rows: Sequence[Resources]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="fused-ops bench resources", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="*", help="architectures, e.g. 80 90; all supported ones by default")
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="only the kernels of one backend")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(arguments)
-    rows = native_resources(options.archs)
-    print(format_table(rows))
+    rows = []
+    try:
+        if options.backend != "triton":
+            rows += native_resources(options.archs)
+        if options.backend != "cuda":
+            rows += triton_resources(options.archs)
+    except RuntimeError as error:
+        print(f"fused-ops bench resources: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else format_table(rows))
     return 1 if any(row.spill_bytes for row in rows) else 0
 
 

@@ -1,8 +1,7 @@
 """Builds the CUDA library, the emulator and its tests with ninja. The one place that knows how.
 
-Used by setup.py, by ``python -m fused_ops.core.native --build``, by CMakeLists.txt (for the list of kernel
-units), by the tests and by the resource report. Needs the standard library only and never imports torch: it
-reads where torch lies, so it also runs under build isolation and costs nothing at import.
+Used by setup.py, by CMakeLists.txt, by the tests and by the resource report. Needs the standard library only
+and never imports torch: it reads where torch lies, so it also runs under build isolation.
 
     python csrc/build.py library     # compile the kernels and link fused_ops/_native.so
     python csrc/build.py emulator    # the kernels on CPU threads, as a Python module
@@ -146,7 +145,7 @@ def find_torch() -> Torch:
     if folder is None:
         raise BuildError(
             "torch is not installed here. If it is outside pip's build isolation, run "
-            "`python -m fused_ops.core.native --build` in the checkout after the installation, or install "
+            "`python csrc/build.py library` in the checkout after the installation, or install "
             "with `pip install --no-build-isolation`"
         )
     text = (folder / "version.py").read_text()

@@ -24,6 +24,8 @@ os.environ.pop("FUSED_OPS_BACKEND", None)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fused_ops.core import native  # noqa: E402
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -44,3 +46,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tools():
+    return native.build_tools()
+
+
+@pytest.fixture(scope="session")
+def built_emulator(tools):
+    try:
+        return native.build_emulator()
+    except tools.BuildError as error:
+        if "the compiler failed" in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def emulator(built_emulator):
+    """The CUDA kernels on CPU tensors: the emulator, built once and put in the CUDA library's place."""
+    native.set_emulator(built_emulator)
+    built_emulator.set_mode("sequential")
+    built_emulator.set_multiprocessors(4)
+    built_emulator.reset_traffic()
+    yield built_emulator
+    native.set_emulator(None)
+    built_emulator.set_mode("sequential")

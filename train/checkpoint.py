@@ -54,7 +54,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"--resume {path.parent}: no checkpoint yet ({path.name} is missing)") from None
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--resume {path.parent}: {path.name} is unreadable: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"--resume {path.parent}: {path.name} is no training state of format {FORMAT}")

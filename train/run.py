@@ -535,7 +535,8 @@ class Run:
 
     def _summarise(self) -> dict[str, Any]:
         s = self.settings
-        steps = self._steps[WARM_UP_STEPS:] if len(self._steps) > 2 * WARM_UP_STEPS else self._steps
+        # Nothing but an evaluation may have been left to do: then there are no steps.
+        steps = self._steps[max(0, min(WARM_UP_STEPS, len(self._steps) - 1)) :]
         row = {
             "model": s.model,
             "data": _data_name(s),
@@ -548,7 +549,7 @@ class Run:
             "last_top1": self.last.get("val_top1"),
             "last_top5": self.last.get("val_top5"),
             "last_ema_top1": self.last.get("ema_top1"),
-            "images_per_second": round(s.batch_size * len(steps) / sum(steps), 1),
+            "images_per_second": round(s.batch_size * len(steps) / sum(steps), 1) if steps else None,
             **step_quantiles(steps),
             **peak_memory(self.world.device),
             "unreadable": len(self.unreadable.names),

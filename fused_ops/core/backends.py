@@ -172,6 +172,7 @@ def record() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
+@environment.constant_in_graphs
 def triton_status() -> tuple[bool, str]:
     """Whether Triton kernels can run in this process, and if not, why."""
     try:

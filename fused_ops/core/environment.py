@@ -7,8 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,23 @@ def get(name: str) -> str:
     return value
 
 
-@cache
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``).
+# Triton decides when a kernel is defined, so the variable counts only if set before the first import.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-    Triton decides when a kernel is defined, so the variable counts only if set before the first import.
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return _INTERPRETING
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``torch.compile`` call ``function`` while tracing and take its result as a constant.
+
+    For facts about the machine, which are found in ways that cannot be traced. What
+    ``torch.compiler.assume_constant_result`` does, without importing the compiler along with the package.
     """
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from fused_ops.core.backends import Choice
 
 @dataclass(frozen=True)
 class Explanation:
-    """Choices in the order of the calls. ``str()`` gives a table; ``rows()`` plain values."""
+    """Choices in the order of the calls. ``str()``: a line per call, then each reason once with its count."""
 
     choices: tuple[Choice, ...]
 
@@ -37,11 +38,16 @@ class Explanation:
     def __str__(self) -> str:
         if not self.choices:
             return "no fused operator is called"
-        lines = []
-        for choice in self.choices:
-            lines.append(f"{choice.module or '(top)'}: {choice.operator} {choice.call}")
-            lines.append(f"    runs on {choice.backend} ({choice.reason})")
-            lines.extend(f"    not {name}: {reason}" for name, reason in choice.rejected.items())
+        width = max(len(choice.module or "(top)") for choice in self.choices)
+        lines = [
+            f"{choice.module or '(top)':{width}}  {choice.backend:9}  {choice.operator} {choice.call}"
+            for choice in self.choices
+        ]
+        chosen = Counter((choice.backend, choice.reason) for choice in self.choices)
+        declined = Counter(entry for choice in self.choices for entry in choice.rejected.items())
+        lines.append("")
+        lines += [f"{count:4} x {name}: {reason}" for (name, reason), count in chosen.items()]
+        lines += [f"{count:4} x not {name}: {reason}" for (name, reason), count in declined.items()]
         return "\n".join(lines)
 
 

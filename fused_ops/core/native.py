@@ -2,14 +2,10 @@
 
 Nothing here raises at import, and nothing is loaded before the first question. For tests, an emulator (the
 same kernels on CPU threads) can be put in the library's place for CPU tensors.
-
-    python -m fused_ops.core.native            # whether the library can be used, and how it was built
-    python -m fused_ops.core.native --build    # compile it in a checkout
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -22,13 +18,15 @@ from typing import Any
 
 import torch
 
+from fused_ops.core import environment
+
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 # What this package expects of the library; INTERFACE in csrc/build.py has the same number.
 INTERFACE = 1
 
-REMEDY = "`python -m fused_ops.core.native --build` in the checkout builds it"
+REMEDY = "`python csrc/build.py library` in the checkout builds it"
 
 # Numbers of csrc/common/options.h.
 SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -119,8 +117,7 @@ def _status(path: Path, device: int | None) -> tuple[bool, str]:
     return True, f"built with CUDA {loaded.info['cuda']} against torch {loaded.info['torch']}"
 
 
-# Constant during a process, so torch.compile may ask once while tracing and need not look inside.
-@torch.compiler.assume_constant_result
+@environment.constant_in_graphs
 def status(device: int | None = None) -> tuple[bool, str]:
     """Whether the CUDA library can run on a device, and one sentence: how it was built, or why it cannot.
 
@@ -196,30 +193,3 @@ def build_emulator(out_dir: Path | None = None) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: say what there is, or build it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--build", action="store_true", help="compile the library in place")
-    parser.add_argument("--archs", help="architectures, as FUSED_OPS_CUDA_ARCHS")
-    parser.add_argument("--verbose", action="store_true", help="print the compiler's commands")
-    options = parser.parse_args(arguments)
-    if options.build:
-        try:
-            built = build_tools().build_library(LIBRARY, archs=options.archs, verbose=options.verbose)
-        except RuntimeError as error:
-            print(f"fused_ops: the CUDA library was not built: {error}", file=sys.stderr)
-            return 1
-        print(f"built {built}")
-        forget()
-    ok, reason = status()
-    print(f"CUDA library: {'usable' if ok else 'not usable here'}: {reason}")
-    info = build_info()
-    if info:
-        print(f"architectures: {' '.join(info['architectures'])}; PTX: {' '.join(info['ptx']) or 'none'}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -219,8 +219,8 @@ def _checked_call(
     height, width = call.output_shape[2:]
     if height < 1 or width < 1:
         raise ValueError(
-            f"x is {x.shape[2]}x{x.shape[3]}, too small for a {weight.shape[2]}x{weight.shape[3]} kernel with "
-            f"padding {padding} and dilation {dilation}"
+            f"x is {x.shape[2]}x{x.shape[3]}, too small for a {weight.shape[2]}x{weight.shape[3]} kernel "
+            f"with padding {padding} and dilation {dilation}"
         )
     if residual is not None:
         if tuple(residual.shape) != call.output_shape:

@@ -41,8 +41,7 @@ def error(value, exact):
 def test_kernels_are_as_exact_as_pytorch(name, training, dtype):
     case = next(case for case in CASES if case.name == name)
     sample = case.make(torch.Generator().manual_seed(0), torch.float64, torch.device("cpu"), "channels_last")
-    # The same rounded numbers for all three, so that only the arithmetic differs. Normalisation layers keep
-    # float32 parameters, as under mixed precision.
+    # The same rounded numbers for all three, so that only the arithmetic differs.
     x = sample["x"].detach().to(dtype)
     rounded = copy.deepcopy(sample["block"]).to(dtype)
     eager, forced, exact = copy.deepcopy(rounded), copy.deepcopy(rounded), copy.deepcopy(rounded).double()

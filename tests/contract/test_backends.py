@@ -184,7 +184,9 @@ def test_explain_names_every_call_and_reason():
     assert [row["backend"] for row in rows] == ["reference", "reference"]
     assert rows[1]["call"].startswith("5x5 stride 1 on (2, 8, 9, 9) float32")
     assert all(set(row["rejected"]) == {"triton", "cuda"} for row in rows)
-    assert "block.1: depthwise 5x5" in str(explanation)
+    text = str(explanation)
+    assert "block.1  reference  depthwise 5x5" in text
+    assert "2 x not triton: " in text
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), f"explain changed {name}"
 

@@ -50,9 +50,9 @@ def forced(operator, backend, arguments, *, gradients=True):
 @pytest.mark.parametrize(("dtype", "layout"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize(("operator", "case"), operator_cases("tiny"))
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_three_way(operator, case, backend, dtype, layout, device):
+def test_three_way(operator, case, backend, dtype, layout, device, request):
     """C1, C4: output, gradients and running statistics against float64 and eager at the same precision."""
-    require(backend, device)
+    require(backend, device, request)
     arguments = make(case, dtype, layout, device)
     exact_arguments = convert(arguments, torch.float64)
     eager_arguments = convert_keeping_dtypes(arguments)
@@ -144,8 +144,11 @@ def test_reference_gradcheck(name):
 class TestKernels:
     """Properties of each operator's kernels beyond agreement on the cases."""
 
+    @pytest.fixture(autouse=True)
+    def _required(self, backend, device, request):
+        require(backend, device, request)
+
     def arguments(self, operator, backend, device, name="post_train_silu", dtype=torch.float32):
-        require(backend, device)
         if next(b for b in operator.backends if b.name == backend).backward is None:
             pytest.skip(f"the {backend} backend has no backward")
         return make(case_named(name), dtype, device=device)
@@ -175,7 +178,6 @@ class TestKernels:
     )
     def test_views(self, operator, backend, device, view, declined):
         """C4: strides are honoured, copied, or declined where stock PyTorch would change the layout."""
-        require(backend, device)
         base = torch.randn(1, 16, 7, 8, device=device).contiguous(memory_format=torch.channels_last)
         x = view(base)
         weight = torch.randn(x.shape[1], 1, 3, 3, device=device)
@@ -261,7 +263,6 @@ class TestKernels:
 
     def test_large_offsets(self, operator, backend, device):
         """C5: an image more than 2**31 elements into its buffer is read at the right place."""
-        require(backend, device)
         image_stride = 2**30
         # On the CPU the pages in between are never touched, so they cost no memory.
         buffer = torch.empty(2 * image_stride + 400, dtype=torch.float16, device=device)
@@ -277,7 +278,6 @@ class TestKernels:
     @pytest.mark.parametrize("name", ["post_eval_relu6", "post_train_silu", "conv"])
     def test_infinities_and_nan(self, operator, backend, device, name, value):
         """Non-finite inputs reach exactly the outputs that they reach in stock PyTorch."""
-        require(backend, device)
         arguments = make(case_named(name), torch.float32, device=device)
         with torch.no_grad():
             arguments["x"][0, 1, 2, 2] = value
@@ -311,7 +311,6 @@ class TestKernels:
     @pytest.mark.slow
     def test_weight_gradient_accumulates_in_float32(self, operator, backend, device):
         """C3: 4,608 bfloat16 products per filter tap, summed to float32 accuracy."""
-        require(backend, device)
         if next(b for b in operator.backends if b.name == backend).backward is None:
             pytest.skip(f"the {backend} backend has no backward")
         x = torch.rand(2, 4, 48, 48, device=device).bfloat16().contiguous(memory_format=torch.channels_last)

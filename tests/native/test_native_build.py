@@ -164,7 +164,7 @@ def test_without_torch_it_installs_and_says_what_to_run(bare_python, checkout, t
     said = [line for line in result.stderr.splitlines() if line.startswith("fused_ops:")]
     assert len(said) == 1
     assert "torch is not installed here" in said[0]
-    assert "python -m fused_ops.core.native --build" in said[0]
+    assert "python csrc/build.py library" in said[0]
     assert wheels[0].name.endswith("-py3-none-any.whl")
     assert "fused_ops/core/native.py" in names
     assert "fused_ops/_native.so" not in names

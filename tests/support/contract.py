@@ -138,12 +138,17 @@ def kernel_backends(operator: library.Operator) -> list[str]:
     return [backend.name for backend in operator.backends if backend.name != "reference"]
 
 
-def require(backend: str, device: str) -> None:
-    """Skip where ``backend`` can run nothing on ``device`` in this process, with the reason."""
+def require(backend: str, device: str, request: pytest.FixtureRequest | None = None) -> None:
+    """Skip where ``backend`` can run nothing on ``device`` in this process, with the reason.
+
+    ``request`` lets the CUDA kernels run on CPU tensors, in the emulator, until the test ends.
+    """
     if device == "cpu":
         if backend == "triton" and not environment.interpreting():
             pytest.skip("Triton compiles for the GPU in this run; its interpreter is off")
-        if backend == "cuda" and native.emulator() is None:
-            pytest.skip("the emulator of the CUDA kernels is not loaded")
+        if backend == "cuda":
+            if request is None:
+                pytest.skip("the CUDA backend is not asked for here without a GPU")
+            request.getfixturevalue("emulator")
     elif backend == "cuda" and not native.status()[0]:
         pytest.skip(native.status()[1])

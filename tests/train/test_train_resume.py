@@ -68,8 +68,9 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: i
         ("update", UPDATES_PER_EPOCH + 2, signal.SIGTERM, 143),
         ("update", UPDATES_PER_EPOCH, signal.SIGINT, 130),
         ("evaluate", 2, signal.SIGTERM, 143),
+        ("evaluate", 5, signal.SIGTERM, 143),
     ],
-    ids=["mid-epoch", "after the last update of an epoch", "evaluation"],
+    ids=["mid-epoch", "after the last update of an epoch", "evaluation", "last evaluation"],
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_and_resume(

@@ -160,6 +160,8 @@ def test_resume_refusals(finished_run, image_folder, tmp_path, fails):
     shutil.copytree(finished_run, damaged)
     (damaged / "last.pt").write_bytes((damaged / "last.pt").read_bytes()[:1000])
     assert "last.pt is unreadable" in fails([f"--resume={damaged}"])
+    (damaged / "last.pt").write_bytes(b"")
+    assert "last.pt is unreadable" in fails([f"--resume={damaged}"])
 
 
 def test_checkpoint_of_another_model(finished_run, image_folder, tmp_path, fails):

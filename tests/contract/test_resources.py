@@ -1,0 +1,43 @@
+"""Registers and spills of the Triton kernels, compiled for every architecture without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
+def test_triton_kernels_do_not_spill(arch):
+    # In a process of its own: where the interpreter is on, nothing can be compiled.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "fused_ops.bench.resources", "--backend", "triton", "--archs", arch, "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.stdout, result.stderr
+    rows = json.loads(result.stdout)
+    assert {row["kernel"] for row in rows} >= {
+        "forward_kernel",
+        "normalise_kernel",
+        "backward_kernel",
+        "post_norm_sums_kernel",
+        "pre_norm_finish_kernel",
+        "moments_kernel",
+        "merge_moments_kernel",
+        "sum_parts_kernel",
+    }
+    spilling = [row for row in rows if row["spill_bytes"]]
+    assert not spilling, spilling
+    # 255 registers are the limit of a thread; at most 240 leave the compiler of another version some room.
+    assert max(row["registers"] for row in rows) <= 240
+    # A failed allocation shows as few registers, not as a spill.
+    assert min(row["registers"] for row in rows) >= 16
+    assert max(row["shared_bytes"] for row in rows) <= 48 * 1024
