@@ -117,6 +117,9 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
         if requested != "auto" and candidate.name != requested:
             continue
         ok, reason = candidate.can_run(call)
+        if ok and requested == "auto" and candidate.name != "reference" and not call.x.is_cuda:
+            ok = False
+            reason = f"x is on {call.x.device}, where kernels run for tests only, asked for by name"
         if ok:
             chosen = candidate
             break

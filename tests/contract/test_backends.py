@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 
 import pytest
@@ -30,10 +31,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 class Call:
-    x = torch.zeros(1)
+    x = types.SimpleNamespace(is_cuda=True, device="cuda:0")
 
     def __str__(self):
         return "a call"
+
+
+class CallOnCpu(Call):
+    x = torch.zeros(1)
 
 
 def backend(name: str, ok: bool) -> Backend:
@@ -46,6 +51,15 @@ def test_auto_takes_the_first_that_can_run():
         assert backends.choose("sample", listed, Call()).name == "triton"
     assert choices[0].rejected == {"cuda": "cuda is out of order"}
     assert choices[0].requested == "auto"
+
+
+def test_auto_leaves_the_interpreter_to_tests():
+    listed = (backend("triton", True), backend("reference", True))
+    with backends.record() as choices:
+        assert backends.choose("sample", listed, CallOnCpu()).name == "reference"
+    assert choices[0].rejected == {
+        "triton": "x is on cpu, where kernels run for tests only, asked for by name"
+    }
 
 
 def test_request_that_cannot_be_met_raises_with_the_reason():
@@ -76,17 +90,13 @@ def test_unknown_backend_is_named():
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch):
-    class OnGpu(Call):
-        class x:  # noqa: N801
-            is_cuda = True
-
     monkeypatch.setattr(backends, "_warned", set())
     listed = (backend("triton", False), backend("reference", True))
     with pytest.warns(RuntimeWarning, match="runs on the reference path .*triton is out of order"):
-        backends.choose("sample", listed, OnGpu())
+        backends.choose("sample", listed, Call())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backends.choose("sample", listed, OnGpu())
+        backends.choose("sample", listed, Call())
 
 
 def test_environment_variable():
@@ -186,7 +196,8 @@ def test_explain_names_every_call_and_reason():
     assert all(set(row["rejected"]) == {"triton", "cuda"} for row in rows)
     text = str(explanation)
     assert "block.1  reference  depthwise 5x5" in text
-    assert "2 x not triton: " in text
+    assert "2 x reference: first in the order" in text
+    assert "1 x not triton: the kernel is 5x5" in text
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), f"explain changed {name}"
 
