@@ -9,8 +9,13 @@ cache serves.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_ops.core import backends, environment, library
+from fused_ops.core import backends, environment, library, native
+
+FIGURES = ("counted_bytes", "block_bytes", "requested_bytes")
 
 
 @dataclass
@@ -89,6 +96,23 @@ def count_triton() -> Iterator[list[Launch]]:
         builder.create_masked_load, builder.create_masked_store, executor.__call__ = originals
 
 
+@contextlib.contextmanager
+def count_cuda() -> Iterator[list[Launch]]:
+    """Record the traffic of every CUDA kernel launched inside the ``with`` block, in the emulator.
+
+    Raises:
+        RuntimeError: no emulator stands in the CUDA library's place.
+    """
+    emulator = native.emulator()
+    if emulator is None:
+        raise RuntimeError("counting the CUDA kernels' traffic needs the emulator: native.set_emulator")
+    emulator.reset_traffic()
+    launches: list[Launch] = []
+    yield launches
+    counts = emulator.traffic()
+    launches.append(Launch("depthwise3x3_forward", *(counts[key] for key in FIGURES)))
+
+
 def operator_traffic(
     operator: library.Operator, backend: str, name: str, make: Callable[[], dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -96,22 +120,32 @@ def operator_traffic(
 
     Args:
         operator: from :func:`fused_ops.core.library.operators`.
-        backend: ``triton``.
+        backend: ``triton``, or ``cuda`` with the emulator in the library's place.
         name: of the case, for the rows.
         make: arguments of the operator's public function; small enough for the interpreter.
 
     Returns:
         Rows with op, backend, kernel (``total`` in the last row of a direction), case, direction,
         counted_bytes, block_bytes, requested_bytes, and least_bytes in the total.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run the case.
     """
     arguments = make()
     calls: list[Any] = []
-    with backends.backend(backend), _calls_of(operator, calls), count_triton() as forward:
+    count = count_triton if backend == "triton" else count_cuda
+    has_backward = next(entry for entry in operator.backends if entry.name == backend).backward is not None
+    with (
+        torch.set_grad_enabled(has_backward),
+        backends.backend(backend),
+        _calls_of(operator, calls),
+        count() as forward,
+    ):
         out = operator.function(**arguments)
     rows = _rows(operator, backend, name, "forward", forward, calls[0])
     leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
     if leaves and out.requires_grad:
-        with count_triton() as backward:
+        with count() as backward:
             torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
         rows += _rows(operator, backend, name, "backward", backward, calls[0])
     return rows
@@ -138,8 +172,6 @@ def tensors(arguments: Any) -> list[Tensor]:
 @contextlib.contextmanager
 def _calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
     """Collect the checked calls that reach the choice of a backend."""
-    import sys
-
     module = sys.modules[operator.function.__module__]
     original = module.choose
 
@@ -171,3 +203,71 @@ def _rows(
     total = {key: sum(row[key] for row in rows) for key in keys}
     least = operator.least_bytes(call, direction)
     return [*rows, {**common, "kernel": "total", **total, "least_bytes": least}]
+
+
+def all_traffic(backend: str | None = None) -> list[dict[str, Any]]:
+    """Traffic of every operator's cases tagged ``traffic``, in bfloat16, on the backends that run them."""
+    rows = []
+    for operator in library.operators().values():
+        for case in operator.cases():
+            if "traffic" not in case.tags:
+                continue
+            for candidate in operator.backends:
+                if candidate.forward is None or backend not in (None, candidate.name):
+                    continue
+                generator = torch.Generator().manual_seed(0)
+                with contextlib.suppress(backends.BackendUnavailableError):
+                    rows += operator_traffic(
+                        operator,
+                        candidate.name,
+                        case.name,
+                        lambda case=case, generator=generator: case.make(
+                            generator, torch.bfloat16, torch.device("cpu"), "channels_last"
+                        ),
+                    )
+    return rows
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text, with the ratio of counted to least bytes where that is defined."""
+    header = ["op", "backend", "case", "direction", "kernel", *FIGURES, "least_bytes", "counted/least"]
+    lines = [header]
+    for row in rows:
+        least = row["least_bytes"]
+        ratio = "" if least is None else f"{row['counted_bytes'] / least:.3f}"
+        lines.append([*(str(row[key]) for key in header[:-2]), "" if least is None else str(least), ratio])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column >= 5 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fused-ops bench traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="only the kernels of one backend")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(arguments)
+    if not environment.interpreting():
+        # Triton decides when kernels are defined, which has happened in this process.
+        command = [sys.executable, "-m", "fused_ops.bench.traffic", *arguments]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    if options.backend != "triton":
+        try:
+            native.set_emulator(native.build_emulator())
+        except RuntimeError as error:
+            print(f"fused-ops bench traffic: the CUDA kernels are left out: {error}", file=sys.stderr)
+            if options.backend == "cuda":
+                return 2
+            options.backend = "triton"
+    rows = all_traffic(options.backend)
+    print(json.dumps(rows, indent=2) if options.json else format_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

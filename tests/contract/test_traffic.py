@@ -14,21 +14,33 @@ from fused_ops.core import library
 BOUND = {"forward": 1.06, "backward": 1.25}
 
 
-@pytest.mark.parametrize("name", ["identity", "pre_train", "post_train_silu", "post_eval_relu6", "conv"])
-def test_counted_bytes(name):
-    require("triton", "cpu")
+@pytest.mark.parametrize(
+    ("backend", "name", "directions"),
+    [
+        ("triton", "identity", {"forward", "backward"}),
+        ("triton", "pre_train", {"forward", "backward"}),
+        ("triton", "post_train_silu", {"forward", "backward"}),
+        ("triton", "post_eval_relu6", {"forward", "backward"}),
+        ("triton", "conv", {"forward", "backward"}),
+        ("cuda", "identity", {"forward"}),
+        ("cuda", "post_eval_relu6", {"forward"}),
+        ("cuda", "conv", {"forward"}),
+    ],
+)
+def test_counted_bytes(backend, name, directions, request):
+    require(backend, "cpu", request)
     operator = library.operators()["depthwise"]
     case = next(case for case in operator.cases() if case.name == f"traffic_{name}")
     rows = operator_traffic(
         operator,
-        "triton",
+        backend,
         case.name,
         lambda: case.make(
             torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), "channels_last"
         ),
     )
     totals = {row["direction"]: row for row in rows if row["kernel"] == "total"}
-    assert set(totals) == {"forward", "backward"}
+    assert set(totals) == directions
     for direction, row in totals.items():
         ratio = row["counted_bytes"] / row["least_bytes"]
         assert 1.0 <= ratio <= BOUND[direction], f"{direction}: {ratio:.3f} times the least"
