@@ -140,12 +140,12 @@ def test_synthetic_needs_no_images(tmp_path, capsys):
         "--data=synthetic",
         "--model=dsnet_test",
         "--batch-size=4",
-        "--synthetic-updates=4",
+        "--synthetic-updates=16",
         "--device=cpu",
     ]
     assert main([*command, f"--output={tmp_path / 'run'}", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[0]
-    assert row["updates"] == 4
+    assert row["updates"] == 16
     assert row["images_per_second"] > 0
     assert row["step_ms_p10"] <= row["step_ms_p50"] <= row["step_ms_p90"]
 

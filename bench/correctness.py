@@ -1,0 +1,155 @@
+"""Arguments of a case as the bench needs them, and whether what a provider returns is right.
+
+No speed-up is stated for a provider whose result is wrong, so the check runs in the same process as the timing,
+on the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Arguments that a module holds; everything else is data that moves with the batch.
+_PARAMETERS = ("weight", "bias", "running", "gamma", "scale", "table")
+
+
+def is_parameter(name: str) -> bool:
+    """Whether the argument ``name`` (or ``argument.field``) is held by a module and not data."""
+    return any(part in name.rpartition(".")[2] for part in _PARAMETERS)
+
+
+def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of an operator's arguments by name, each once; fields of a named tuple as ``argument.field``."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in arguments.items():
+        fields = value._asdict() if hasattr(value, "_asdict") else {"": value}
+        for field, entry in fields.items():
+            if isinstance(entry, Tensor) and id(entry) not in seen:
+                seen.add(id(entry))
+                found[f"{name}.{field}" if field else name] = entry
+    return found
+
+
+def copy_arguments(
+    arguments: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: str | None = None,
+    batch: int | None = None,
+    evaluation: bool = False,
+) -> dict[str, Any]:
+    """The same arguments in memory of their own; a tensor given twice stays one tensor.
+
+    Args:
+        dtype: of every floating tensor, or None for each its own.
+        layout: ``nchw`` or ``channels_last`` for maps, or None for as they are.
+        batch: keep only the first images of data.
+        evaluation: BatchNorm uses its running statistics.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def visit(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = one(name, value)
+            return copies[id(value)]
+        if hasattr(value, "_asdict"):
+            fields = {field: visit(f"{name}.{field}", entry) for field, entry in value._asdict().items()}
+            if evaluation and "batch_stats" in fields:
+                fields["batch_stats"] = False
+            return type(value)(**fields)
+        return value
+
+    def one(name: str, value: Tensor) -> Tensor:
+        data = not is_parameter(name)
+        new = value.detach()
+        if batch is not None and data:
+            new = new[:batch]
+        memory_format = torch.preserve_format
+        if layout is not None and data and new.dim() == 4:
+            memory_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
+        target = dtype if dtype is not None and new.is_floating_point() else new.dtype
+        new = new.to(target, copy=True, memory_format=memory_format)
+        return new.requires_grad_(value.requires_grad)
+
+    return {name: visit(name, value) for name, value in arguments.items()}
+
+
+def data_bytes(arguments: dict[str, Any]) -> int:
+    """Bytes of the arguments that are data."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in named_tensors(arguments).items()
+        if not is_parameter(name)
+    )
+
+
+def leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Arguments that get a gradient, by name."""
+    return {name: tensor for name, tensor in named_tensors(arguments).items() if tensor.requires_grad}
+
+
+def cotangent(out: Tensor) -> Tensor:
+    """Random gradient for ``out``, in its layout, the same values for every provider."""
+    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(23))
+    return torch.empty_like(out).copy_(values)
+
+
+def outcome(function: Callable[..., Tensor], arguments: dict[str, Any], gradients: bool) -> dict[str, Tensor]:
+    """Output, gradients and updated running statistics of one call.
+
+    ``arguments`` are used up: running statistics are updated in place.
+    """
+    wanted = leaves(arguments) if gradients else {}
+    with torch.set_grad_enabled(bool(wanted)):
+        out = function(**arguments)
+    results = {"out": out.detach()}
+    if wanted:
+        found = torch.autograd.grad(out, list(wanted.values()), cotangent(out), allow_unused=True)
+        results |= {f"grad {name}": value for name, value in zip(wanted, found, strict=True)}
+    running = {name: value for name, value in named_tensors(arguments).items() if "running" in name}
+    return results | {name: value.detach() for name, value in running.items()}
+
+
+def _wrong(
+    result: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[str]:
+    exact = {name: want for name, want in exact.items() if want is not None}
+    gradients = (value for name, value in exact.items() if name.startswith("grad ") and value.numel())
+    # The gradient of a bias under batch statistics is zero by algebra and has no scale of its own.
+    scale = max((value.abs().max().item() for value in gradients), default=0.0)
+    for name, want in exact.items():
+        value = result.get(name)
+        if value is None or value.shape != want.shape:
+            yield f"{name}: {'no value' if value is None else f'shape {tuple(value.shape)}'}"
+            continue
+        if value.numel() == 0:
+            continue
+        error = (value.double() - want).abs().max().item()
+        eager_error = (eager[name].double() - want).abs().max().item()
+        largest = want.abs().max().item()
+        if name.startswith("grad ") and name.endswith("bias"):
+            largest = max(largest, scale)
+        allowed = 2 * eager_error + 2 * torch.finfo(value.dtype).eps * largest
+        if "running" in name:
+            allowed += 16 * torch.finfo(value.dtype).eps * largest
+        if value.dtype != dtype:
+            allowed += 0.25 * torch.finfo(dtype).eps * largest
+        # Written so that not-a-number fails.
+        if not error <= allowed:
+            yield f"{name}: error {error:.2e} above {allowed:.2e}"
+
+
+def three_way(
+    result: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
+) -> str:
+    """What is wrong with ``result``, or nothing.
+
+    The rule of the contract tests: the greatest error against float64 is at most twice eager's in the same
+    ``dtype``, plus two roundings at the tensor's largest value.
+    """
+    return "; ".join(_wrong(result, eager, exact, dtype))

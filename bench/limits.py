@@ -1,0 +1,639 @@
+"""What the hardware allows: the least possible time of an operator on a GPU, known without the GPU.
+
+    python -m fused_ops.bench.limits                 # predicted least times of every model case on every GPU
+    python -m fused_ops.bench.limits --gpu h100
+    python -m fused_ops.bench.limits --steps         # launches and bytes per block and per model step
+
+The least time is the largest of three: bytes over memory bandwidth, operations over the peak of the unit that
+does them, instructions over the rate at which they can be issued. None of it is a measurement: bandwidths and
+peaks are from datasheets, instruction counts are estimates. A kernel takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from fused_ops.bench.traffic import tensors
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_ops  # noqa: F401 (fills the registry)
+from fused_ops.core import backends, environment, library
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of one GPU.
+
+    Attributes:
+        name: short name, used in tables.
+        aliases: parts of the names that drivers give it, in lower case.
+        architecture: e.g. ``sm_90``.
+        memory_bandwidth: device memory, bytes per second.
+        tensor_peak: dense bfloat16 matrix products with float32 sums, operations per second, no sparsity.
+        fma_peak: float32 multiply-adds outside the matrix units, operations per second (two per
+            multiply-add).
+        multiprocessors: how many are enabled.
+        clock: boost clock, in hertz.
+        l2_bytes: L2 cache.
+        source: where these figures are published.
+        assumed_copy: bandwidth that a copy reaches (bytes read + written per second) where one was measured
+            elsewhere; an assumption until a run of this bench replaces it. None: the datasheet's is used.
+        assumed_gemm: the same for a large bfloat16 matrix product, operations per second.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    architecture: str
+    memory_bandwidth: float
+    tensor_peak: float
+    fma_peak: float
+    multiprocessors: int
+    clock: float
+    l2_bytes: int
+    source: str
+    assumed_copy: float | None = None
+    assumed_gemm: float | None = None
+
+    @property
+    def issue_rate(self) -> float:
+        """Instructions of single threads per second: 4 schedulers per multiprocessor, 32 lanes each."""
+        return self.multiprocessors * 4 * 32 * self.clock
+
+
+_MB = 2**20
+GPUS = (
+    Gpu(
+        "A100 80GB",
+        ("a100",),
+        "sm_80",
+        2.039e12,
+        312e12,
+        19.5e12,
+        108,
+        1.410e9,
+        40 * _MB,
+        "NVIDIA A100 80GB datasheet (SXM); NVIDIA A100 Tensor Core GPU Architecture white paper",
+    ),
+    Gpu(
+        "L40S",
+        ("l40s",),
+        "sm_89",
+        0.864e12,
+        362.05e12,
+        91.6e12,
+        142,
+        2.520e9,
+        96 * _MB,
+        "NVIDIA L40S datasheet; NVIDIA Ada GPU Architecture white paper (L2 of AD102)",
+    ),
+    Gpu(
+        "H100 SXM",
+        ("h100",),
+        "sm_90",
+        3.35e12,
+        989.4e12,
+        66.9e12,
+        132,
+        1.980e9,
+        50 * _MB,
+        "NVIDIA H100 datasheet (SXM5); NVIDIA H100 Tensor Core GPU Architecture white paper",
+        assumed_copy=3.0e12,
+        assumed_gemm=798e12,
+    ),
+    Gpu(
+        "H200",
+        ("h200",),
+        "sm_90",
+        4.8e12,
+        989.4e12,
+        66.9e12,
+        132,
+        1.980e9,
+        50 * _MB,
+        "NVIDIA H200 datasheet (SXM); multiprocessors, clock and L2 as the H100's",
+    ),
+    Gpu(
+        "B200",
+        ("b200",),
+        "sm_100",
+        8.0e12,
+        2250e12,
+        75e12,
+        148,
+        1.965e9,
+        126 * _MB,
+        "NVIDIA HGX B200 datasheet, an eighth of the 8-GPU figures, dense; clock and L2 as the driver reports",
+    ),
+    Gpu(
+        "RTX 4090",
+        ("rtx 4090", "4090"),
+        "sm_89",
+        1.008e12,
+        165.2e12,
+        82.6e12,
+        128,
+        2.520e9,
+        72 * _MB,
+        "NVIDIA Ada GPU Architecture white paper",
+    ),
+)
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU whose datasheet fits ``name``, as a driver, a user or a folder of results writes it.
+
+    Raises:
+        ValueError: none fits, or more than one.
+    """
+    plain = re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    found = [gpu for gpu in GPUS if any(re.search(rf"\b{alias}\b", plain) for alias in gpu.aliases)]
+    if "pcie" in plain or " nvl" in plain:
+        # Other memory, clock and power under the same product name.
+        found = []
+    if len(found) != 1:
+        known = ", ".join(gpu.name for gpu in GPUS)
+        raise ValueError(f"GPU {name!r} has no datasheet here; known are {known}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Least possible time.
+
+    Attributes:
+        seconds: the largest of ``terms``.
+        term: which one that is: ``memory``, ``tensor``, ``fma`` or ``issue``.
+        terms: seconds of each term; ``tensor`` or ``fma``, not both.
+    """
+
+    seconds: float
+    term: str
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+def least_seconds(
+    gpu: Gpu,
+    bytes: float,
+    flops: float,
+    tensor: bool,
+    issue_slots: float = 0,
+    copy_bandwidth: float | None = None,
+    gemm_peak: float | None = None,
+) -> Limit:
+    """Least possible time of work on ``gpu``.
+
+    Args:
+        gpu: from :func:`find_gpu`.
+        bytes: read plus written in device memory.
+        flops: operations, two per multiply-add.
+        tensor: done by the matrix units in bfloat16; else by float32 multiply-adds.
+        issue_slots: instructions of single threads, summed over threads; 0 where nobody has estimated them.
+        copy_bandwidth: measured, in bytes per second; else the GPU's assumed one, else the datasheet's.
+        gemm_peak: measured bfloat16 matrix peak, operations per second; else as above.
+    """
+    for name, value in (("bytes", bytes), ("flops", flops), ("issue_slots", issue_slots)):
+        if value < 0:
+            raise ValueError(f"{name}={value} is not allowed; give 0 or more")
+    for name, value in (("copy_bandwidth", copy_bandwidth), ("gemm_peak", gemm_peak)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} is not allowed; give more than 0, or None")
+    bandwidth = copy_bandwidth or gpu.assumed_copy or gpu.memory_bandwidth
+    peak = (gemm_peak or gpu.assumed_gemm or gpu.tensor_peak) if tensor else gpu.fma_peak
+    terms = {
+        "memory": bytes / bandwidth,
+        "tensor" if tensor else "fma": flops / peak,
+        "issue": issue_slots / gpu.issue_rate,
+    }
+    term = max(terms, key=lambda name: terms[name])
+    return Limit(terms[term], term, terms)
+
+
+# Instructions of one thread per output element, forward and backward, of CUDA kernels that walk down the rows
+# and keep a ring of accumulators (4 channels x 4 columns per thread forward; 4 x 2, 2 x 4 and 2 x 2 backward):
+# counted in their sm_90 machine code, prologue included. An estimate of what a good kernel of this design
+# issues; a cleverer one may issue less, and no shipped kernel was counted.
+DEPTHWISE_ISSUE_SLOTS = {3: (31, 69), 5: (52, 118), 7: (85, 234)}
+
+
+def issue_slots(operator: str, call: Any, direction: str) -> float:
+    """Estimated instructions of single threads of one call, summed over threads; 0 where there is no estimate.
+
+    Args:
+        operator: name of the family.
+        call: its checked call.
+        direction: ``forward`` or ``backward``.
+    """
+    if operator != "depthwise" or call.stride != (1, 1):
+        return 0
+    height, width = call.kernel_size
+    if height != width or height not in DEPTHWISE_ISSUE_SLOTS:
+        return 0
+    batch, channels, rows, columns = call.output_shape
+    return DEPTHWISE_ISSUE_SLOTS[height][direction == "backward"] * batch * channels * rows * columns
+
+
+def kernel_launches(operator: str, call: Any, direction: str) -> int | None:
+    """Kernels that our Triton backend launches for one call with every gradient; None where not known.
+
+    Tests hold this against launches recorded in the interpreter.
+    """
+    if operator != "depthwise":
+        return None
+    batch_post = call.norm == "post" and call.batch_stats
+    batch_pre = call.norm == "pre" and call.batch_stats
+    if direction == "forward":
+        # Pre-norm: moments and their merge come first; post-norm: merge and normalisation come after.
+        return 1 + 2 * (batch_post or batch_pre)
+    vectors = sum(vector is not None for vector in (call.weight, call.bias))
+    affine = call.norm_weight is not None
+    own_sums = batch_pre or (affine and not batch_post)
+    return 1 + vectors + 2 * batch_post + own_sums + batch_pre
+
+
+@contextlib.contextmanager
+def kernels_chosen(chosen: list[tuple[str, Any, str]] | None = None) -> Iterator[None]:
+    """On fake tensors: operators take the backend that ``auto`` would take on a GPU that runs Triton.
+
+    Args:
+        chosen: collects operator, checked call and backend of every call, in order.
+    """
+
+    def choose(name: str, candidates: Sequence[backends.Backend], call: Any) -> backends.Backend:
+        picked = candidates[-1]
+        for candidate in candidates:
+            if candidate.forward is None or (call.needs_grad and candidate.backward is None):
+                continue
+            if candidate.can_run(call)[0]:
+                picked = candidate
+                break
+        if chosen is not None:
+            chosen.append((name, call, picked.name))
+        return picked
+
+    with contextlib.ExitStack() as stack:
+        # Nothing is launched on fake tensors, so any device will do.
+        stack.enter_context(mock.patch.object(environment, "interpreting", return_value=True))
+        stack.enter_context(mock.patch.object(backends, "triton_status", return_value=(True, "not launched")))
+        for operator in library.operators().values():
+            module = sys.modules[operator.function.__module__]
+            stack.enter_context(mock.patch.object(module, "choose", choose))
+        yield
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do in one mode.
+
+    Attributes:
+        bytes: least bytes through device memory, of the schedule in use.
+        flops: operations, two per multiply-add.
+        issue_slots: estimated instructions of single threads; 0 where there is no estimate.
+        backend: whose schedule it is.
+    """
+
+    bytes: int
+    flops: int
+    issue_slots: float
+    backend: str
+
+
+def without_batch_statistics(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments as in evaluation: norms use their running statistics."""
+    return {
+        key: value._replace(batch_stats=False) if hasattr(value, "batch_stats") else value
+        for key, value in arguments.items()
+    }
+
+
+def operator_work(operator: library.Operator, case: Any, dtype: torch.dtype) -> dict[str, Work]:
+    """Work of a case per mode (eval, forward, backward), from fake tensors: nothing is allocated or computed."""
+    work = {}
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        chosen: list[tuple[str, Any, str]] = []
+        stack.enter_context(kernels_chosen(chosen))
+        arguments = case.make(torch.Generator(), dtype, torch.device("cpu"), "channels_last")
+        for mode in ("eval", "forward"):
+            chosen.clear()
+            grad = mode == "forward"
+            given = arguments if grad else without_batch_statistics(arguments)
+            with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+                out = operator.function(**given)
+            (_, call, backend) = chosen[0]
+            forward_flops = counter.get_total_flops()
+            work[mode] = _work(operator, call, "forward", forward_flops, backend)
+        leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
+        if leaves and out.requires_grad:
+            # Gradients of the input and of the filter each cost what the forward pass costs.
+            flops = forward_flops * 2
+            work["backward"] = _work(operator, call, "backward", flops, backend)
+    return work
+
+
+def _work(operator: library.Operator, call: Any, direction: str, flops: int, backend: str) -> Work:
+    return Work(
+        operator.least_bytes(call, direction),
+        flops,
+        issue_slots(operator.name, call, direction),
+        backend,
+    )
+
+
+DTYPE = torch.bfloat16
+
+
+def predictions(operator: library.Operator, gpu: Gpu, dtype: torch.dtype = DTYPE) -> list[dict[str, Any]]:
+    """Least possible times of the operator's model cases on ``gpu``: predicted, not measured.
+
+    Returns:
+        Rows with gpu, op, model, case, calls, mode (eval, forward, backward, both), dtype, predicted_us (least
+        possible microseconds), term (what sets it), memory_us, fma_us, issue_us, bytes, flops, issue_slots,
+        backend, and assumption (whether the bandwidth is the datasheet's or an assumed copy bandwidth).
+    """
+    rows = []
+    for case in operator.cases():
+        if "model" in case.tags:
+            rows += _case_predictions(operator, case, operator_work(operator, case, dtype), gpu, dtype)
+    return rows
+
+
+def all_predictions(gpus: Sequence[Gpu] = GPUS, dtype: torch.dtype = DTYPE) -> list[dict[str, Any]]:
+    """:func:`predictions` of every operator on every GPU; the work of a case is worked out once."""
+    rows = []
+    for operator in library.operators().values():
+        for case in operator.cases():
+            if "model" in case.tags:
+                work = operator_work(operator, case, dtype)
+                for gpu in gpus:
+                    rows += _case_predictions(operator, case, work, gpu, dtype)
+    return rows
+
+
+def _case_predictions(
+    operator: library.Operator, case: Any, work: dict[str, Work], gpu: Gpu, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    rows = []
+    limits = {
+        mode: least_seconds(gpu, entry.bytes, entry.flops, False, entry.issue_slots)
+        for mode, entry in work.items()
+    }
+    common = {
+        "gpu": gpu.name,
+        "op": operator.name,
+        "model": case.model,
+        "case": case.name,
+        "calls": case.calls,
+        "dtype": str(dtype).removeprefix("torch."),
+        "assumption": "assumed copy bandwidth" if gpu.assumed_copy else "datasheet bandwidth",
+    }
+    for mode, limit in limits.items():
+        rows.append(
+            {
+                **common,
+                "mode": mode,
+                "predicted_us": limit.seconds * 1e6,
+                "term": limit.term,
+                **{f"{name}_us": seconds * 1e6 for name, seconds in limit.terms.items()},
+                **asdict(work[mode]),
+            }
+        )
+    if "backward" in limits:
+        parts = [rows[-2], rows[-1]]
+        # One pass after the other: the terms of the two do not overlap.
+        summed = ("predicted_us", "memory_us", "fma_us", "issue_us", "bytes", "flops", "issue_slots")
+        longest = max(parts, key=lambda row: row["predicted_us"])
+        rows.append({**longest, "mode": "both", **{key: sum(row[key] for row in parts) for key in summed}})
+    return rows
+
+
+# Operations that only describe memory, or reserve it.
+_NO_LAUNCH = {
+    "aten.detach", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty",
+    "aten.new_empty_strided", "aten.lift_fresh", "aten._unsafe_view", "aten.alias", "prim.device",
+}  # fmt: skip
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory; what is expanded lies there once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= 1 if stride == 0 and size else size
+    return count * tensor.element_size()
+
+
+def _repeated_reads(name: str, arguments: Sequence[Any]) -> int:
+    """Bytes that an operation's kernels read a second time."""
+    if name == "aten.native_batch_norm" and arguments[5]:
+        # Statistics first, then the normalisation.
+        return _size(arguments[0])
+    if name == "aten.native_batch_norm_backward" and arguments[7]:
+        # The two sums first, then the gradient.
+        return _size(arguments[0]) + _size(arguments[1])
+    if name == "aten.convolution_backward" and arguments[-1][0] and arguments[-1][1]:
+        # Input and filter gradients are kernels of their own.
+        return _size(arguments[0])
+    return 0
+
+
+class Counter(TorchDispatchMode):
+    """Counts the PyTorch operations that write memory, and the bytes of what they read and write.
+
+    A count of operations, so a lower bound of launches: some operations launch several kernels.
+
+    Attributes:
+        launches: operations that write memory.
+        bytes: inputs read plus outputs written, each once, and what is known to be read twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        result = function(*arguments, **keywords)
+        name = str(function.overloadpacket)
+        if function.namespace == "fused_ops" or name in _NO_LAUNCH:
+            return result
+        inputs = tensors([list(arguments), dict(keywords)])
+        outputs = tensors(list(result) if isinstance(result, (tuple, list)) else [result])
+        storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        writes_input = function._schema.is_mutable
+        fresh = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in storages]
+        written = outputs if writes_input else fresh
+        written = [tensor for tensor in written if tensor.numel()]
+        if not written:
+            return result
+        self.launches += 1
+        self.bytes += sum(map(_size, inputs)) + sum(map(_size, written))
+        self.bytes += _repeated_reads(name, arguments)
+        return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """Launches and bytes of one pass through a block or a model: counted on fake tensors, not measured.
+
+    Attributes:
+        kind: ``block`` or ``model``.
+        name: of the block's case or of the model.
+        batch: images.
+        mode: ``infer`` (one forward) or ``train`` (forward and backward, without the optimizer).
+        provider: ``eager``: plain PyTorch; ``fused``: with our kernels where they run.
+        launches: lower bound, see :class:`Counter`.
+        bytes: least traffic of that many separate operations.
+        fused_calls: calls that our kernels run.
+    """
+
+    kind: str
+    name: str
+    batch: int
+    mode: str
+    provider: str
+    launches: int
+    bytes: int
+    fused_calls: int
+
+
+def count_step(kind: str, name: str, module: nn.Module, x: Tensor, mode: str, provider: str) -> Step:
+    """Count one pass of ``module`` on ``x``.
+
+    Attention counts as one operation that writes no probabilities (a flash kernel), which needs dropout off:
+    every dropout of ``module`` is set to 0.
+
+    Args:
+        kind, name, mode, provider: see :class:`Step`.
+        module: parameters may be real: they are not written.
+        x: real or fake; only its shape, dtype and strides matter.
+    """
+    if mode not in ("infer", "train") or provider not in ("eager", "fused"):
+        raise ValueError(f"mode={mode!r}, provider={provider!r}: use infer or train, eager or fused")
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    module.train(mode == "train")
+    chosen: list[tuple[str, Any, str]] = []
+    counter = Counter()
+    choice = kernels_chosen(chosen) if provider == "fused" else backends.backend("reference")
+    statistics = {key: value.clone() for key, value in module.named_buffers()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, choice:
+        module_input = fake.from_tensor(x.detach()).requires_grad_(mode == "train" and kind == "block")
+        with torch.set_grad_enabled(mode == "train"), counter:
+            out = module(module_input)
+            if mode == "train":
+                leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
+                leaves += [module_input] if kind == "block" else []
+                torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
+    for key, value in module.named_buffers():
+        if not torch.equal(value, statistics[key]):
+            value.copy_(statistics[key])
+    launches, size, fused = counter.launches, counter.bytes, 0
+    for operator, call, backend in chosen:
+        if backend == "reference":
+            continue
+        fused += 1
+        for direction in ("forward", "backward")[: 1 + (mode == "train")]:
+            launches += kernel_launches(operator, call, direction) or 0
+            size += library.operators()[operator].least_bytes(call, direction)
+    return Step(kind, name, x.shape[0], mode, provider, launches, size, fused)
+
+
+BATCH = 128
+
+
+def block_steps(batch: int = BATCH) -> list[Step]:
+    """Every DS-Block of the published models, at ``batch`` images."""
+    from fused_ops.blocks.ds_block.cases import CASES
+
+    rows = []
+    for case in CASES:
+        if "model" not in case.tags:
+            continue
+        arguments = case.make(torch.Generator().manual_seed(0), DTYPE, torch.device("cpu"), "channels_last")
+        with torch.device("meta"):
+            x = torch.empty((batch, *arguments["x"].shape[1:]), dtype=DTYPE)
+        x = _cpu_shape(x)
+        for mode in ("infer", "train"):
+            for provider in ("eager", "fused"):
+                rows.append(count_step("block", case.name, arguments["block"], x, mode, provider))
+    return rows
+
+
+def _cpu_shape(x: Tensor) -> Tensor:
+    """A CPU tensor of the shape and dtype of ``x`` in channels_last, of one element in memory."""
+    batch, channels, height, width = x.shape
+    with FakeTensorMode():
+        return torch.empty_strided(
+            x.shape, (channels * height * width, 1, channels * width, channels), dtype=x.dtype
+        )
+
+
+def model_steps(names: Sequence[str], batch: int = BATCH) -> list[Step]:
+    """One pass of every named model, at its own input size.
+
+    Raises:
+        ValueError: an unknown model.
+    """
+    from fused_ops.models import create_model, list_models
+
+    rows = []
+    for name in names:
+        if name not in list_models():
+            raise ValueError(f"model {name!r} is unknown; use one of {', '.join(list_models())}")
+        model = create_model(name).to(DTYPE).to(memory_format=torch.channels_last)
+        size = model.pretrained_cfg["input_size"]
+        x = _cpu_shape(torch.empty((batch, *size), device="meta", dtype=DTYPE))
+        for mode in ("infer", "train"):
+            for provider in ("eager", "fused"):
+                rows.append(count_step("model", name, model, x, mode, provider))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from fused_ops.bench import results
+
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_ops.bench.limits", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--gpu", help="one GPU, e.g. h100; all known ones by default")
+    parser.add_argument("--steps", action="store_true", help="launches and bytes per block and model step")
+    parser.add_argument("--models", nargs="*", default=["dsnet_small"], help="models whose step is counted")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args(arguments)
+    try:
+        if options.steps:
+            rows = [asdict(step) for step in [*block_steps(), *model_steps(options.models)]]
+        else:
+            rows = all_predictions([find_gpu(options.gpu)] if options.gpu else GPUS)
+    except ValueError as error:
+        print(f"fused-ops bench limits: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif options.steps:
+        print("counted, not measured")
+        results.print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    else:
+        print("predicted least times, not measured")
+        shown = ("gpu", "op", "case", "mode", "predicted_us", "term", "memory_us", "fma_us", "issue_us")
+        lines = [[f"{row[key]:.1f}" if key.endswith("_us") else row[key] for key in shown] for row in rows]
+        results.print_table(shown, lines, left=4)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
