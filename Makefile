@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.py csrc
 	@$(PIP) --upgrade pip "setuptools>=64" wheel
 	@# torch and the compiler come first: building the library needs both.
 	@$(PIP) "torch>=2.11" "cuda-toolkit[nvcc]" ninja $(EXTRA_REQUIREMENTS)
-	@$(PIP) --no-build-isolation --editable ".[dev]" $(EXTRA_REQUIREMENTS)
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable ".[dev]" $(EXTRA_REQUIREMENTS)
 	@touch $@
 
 train: setup ## train a small DS-Net on handwritten digits, on the GPU or else the CPU

@@ -130,6 +130,7 @@ def plot_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     updates = [row for row in rows if row["kind"] == "update"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -180,6 +181,8 @@ def plot_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     rate.set(title="Learning rate", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axes in (loss, accuracy, rate):
+        # An epoch and a half says nothing, except in a run of one epoch.
+        axes.xaxis.set_major_locator(MaxNLocator(integer=len(epochs) > 1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,6 @@ pytest.importorskip("torchvision")
 
 from fused_ops.train import main
 from training_helpers import write_images
-
-from fused_ops.core import backends
 
 # For the processes that tests start; more threads than cores make them slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,12 +42,3 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return error
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _reference_backend() -> Iterator[None]:
-    """Train at a user's speed: without a GPU the kernels would run in Triton's interpreter."""
-    with pytest.MonkeyPatch.context() as patch, backends.backend("reference"):
-        # For the processes that tests start.
-        patch.setenv("FUSED_OPS_BACKEND", "reference")
-        yield
