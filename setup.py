@@ -86,6 +86,7 @@ setup(
         *PACKAGE_DIRS,
     ],
     package_dir={"fused_ops": "fused_ops", **PACKAGE_DIRS},
+    package_data={"fused_ops": ["configs/*.json"], "fused_ops.bench": ["gpu.sh"]},
     ext_modules=[Extension("fused_ops._native", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -1,7 +1,7 @@
 """Arguments of a case as the bench needs them, and whether what a provider returns is right.
 
-No speed-up is stated for a provider whose result is wrong, so the check runs in the same process as the timing,
-on the same shapes.
+No speed-up is stated for a provider whose result is wrong, so the check runs in the same process as the
+timing, on the same shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_parameter(name: str) -> bool:
 
 
 def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of an operator's arguments by name, each once; fields of a named tuple as ``argument.field``."""
+    """Tensors of an operator's arguments by name, each once; in a named tuple as ``argument.field``."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in arguments.items():
@@ -95,7 +95,8 @@ def leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def cotangent(out: Tensor) -> Tensor:
     """Random gradient for ``out``, in its layout, the same values for every provider."""
-    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(23))
+    generator = torch.Generator(out.device).manual_seed(23)
+    values = torch.randn(out.shape, generator=generator, device=out.device)
     return torch.empty_like(out).copy_(values)
 
 

@@ -134,7 +134,7 @@ GPUS = (
         148,
         1.965e9,
         126 * _MB,
-        "NVIDIA HGX B200 datasheet, an eighth of the 8-GPU figures, dense; clock and L2 as the driver reports",
+        "NVIDIA HGX B200 datasheet, an eighth of its 8 GPUs', dense; clock and L2 as the driver reports",
     ),
     Gpu(
         "RTX 4090",
@@ -159,8 +159,8 @@ def find_gpu(name: str) -> Gpu:
     """
     plain = re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
     found = [gpu for gpu in GPUS if any(re.search(rf"\b{alias}\b", plain) for alias in gpu.aliases)]
-    if "pcie" in plain or " nvl" in plain:
-        # Other memory, clock and power under the same product name.
+    # Other memory, clocks and power under the same product name.
+    if re.search(r"\b(pcie|nvl|40gb|laptop|4090 d|mig)\b", plain):
         found = []
     if len(found) != 1:
         known = ", ".join(gpu.name for gpu in GPUS)
@@ -221,14 +221,14 @@ def least_seconds(
 
 
 # Instructions of one thread per output element, forward and backward, of CUDA kernels that walk down the rows
-# and keep a ring of accumulators (4 channels x 4 columns per thread forward; 4 x 2, 2 x 4 and 2 x 2 backward):
+# and keep a ring of accumulators (4 channels x 4 columns per thread forward; 4 x 2, 2 x 4, 2 x 2 backward):
 # counted in their sm_90 machine code, prologue included. An estimate of what a good kernel of this design
 # issues; a cleverer one may issue less, and no shipped kernel was counted.
 DEPTHWISE_ISSUE_SLOTS = {3: (31, 69), 5: (52, 118), 7: (85, 234)}
 
 
 def issue_slots(operator: str, call: Any, direction: str) -> float:
-    """Estimated instructions of single threads of one call, summed over threads; 0 where there is no estimate.
+    """Estimated instructions of one call, summed over its threads; 0 where there is no estimate.
 
     Args:
         operator: name of the family.
@@ -318,7 +318,7 @@ def without_batch_statistics(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def operator_work(operator: library.Operator, case: Any, dtype: torch.dtype) -> dict[str, Work]:
-    """Work of a case per mode (eval, forward, backward), from fake tensors: nothing is allocated or computed."""
+    """Work of a case per mode (eval, forward, backward), from fake tensors: nothing is computed."""
     work = {}
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         chosen: list[tuple[str, Any, str]] = []
@@ -358,8 +358,9 @@ def predictions(operator: library.Operator, gpu: Gpu, dtype: torch.dtype = DTYPE
 
     Returns:
         Rows with gpu, op, model, case, calls, mode (eval, forward, backward, both), dtype, predicted_us (least
-        possible microseconds), term (what sets it), memory_us, fma_us, issue_us, bytes, flops, issue_slots,
-        backend, and assumption (whether the bandwidth is the datasheet's or an assumed copy bandwidth).
+        possible microseconds), term (what sets it; of ``both``, what sets the longer pass), memory_us, fma_us,
+        issue_us, bytes, flops, issue_slots, backend, and assumption (whether the bandwidth is the datasheet's
+        or an assumed copy bandwidth).
     """
     rows = []
     for case in operator.cases():
@@ -509,16 +510,18 @@ class Step:
     fused_calls: int
 
 
-def count_step(kind: str, name: str, module: nn.Module, x: Tensor, mode: str, provider: str) -> Step:
-    """Count one pass of ``module`` on ``x``.
+def count_step(
+    kind: str, name: str, module: nn.Module, shape: Sequence[int], mode: str, provider: str
+) -> Step:
+    """Count one pass of ``module`` on a channels_last map of ``shape`` in bfloat16.
 
     Attention counts as one operation that writes no probabilities (a flash kernel), which needs dropout off:
-    every dropout of ``module`` is set to 0.
+    every dropout of ``module`` is set to 0. Its parameters may be real: they are not written.
 
     Args:
         kind, name, mode, provider: see :class:`Step`.
-        module: parameters may be real: they are not written.
-        x: real or fake; only its shape, dtype and strides matter.
+        module: in bfloat16.
+        shape: (B, C, H, W).
     """
     if mode not in ("infer", "train") or provider not in ("eager", "fused"):
         raise ValueError(f"mode={mode!r}, provider={provider!r}: use infer or train, eager or fused")
@@ -529,18 +532,15 @@ def count_step(kind: str, name: str, module: nn.Module, x: Tensor, mode: str, pr
     chosen: list[tuple[str, Any, str]] = []
     counter = Counter()
     choice = kernels_chosen(chosen) if provider == "fused" else backends.backend("reference")
-    statistics = {key: value.clone() for key, value in module.named_buffers()}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, choice:
-        module_input = fake.from_tensor(x.detach()).requires_grad_(mode == "train" and kind == "block")
+    with FakeTensorMode(allow_non_fake_inputs=True), choice:
+        x = torch.empty(tuple(shape), dtype=DTYPE).contiguous(memory_format=torch.channels_last)
+        # A block sits inside a network and hands a gradient on; a network's input gets none.
+        leaves = [x.requires_grad_()] if kind == "block" and mode == "train" else []
         with torch.set_grad_enabled(mode == "train"), counter:
-            out = module(module_input)
+            out = module(x)
             if mode == "train":
-                leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
-                leaves += [module_input] if kind == "block" else []
+                leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
                 torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
-    for key, value in module.named_buffers():
-        if not torch.equal(value, statistics[key]):
-            value.copy_(statistics[key])
     launches, size, fused = counter.launches, counter.bytes, 0
     for operator, call, backend in chosen:
         if backend == "reference":
@@ -549,10 +549,18 @@ def count_step(kind: str, name: str, module: nn.Module, x: Tensor, mode: str, pr
         for direction in ("forward", "backward")[: 1 + (mode == "train")]:
             launches += kernel_launches(operator, call, direction) or 0
             size += library.operators()[operator].least_bytes(call, direction)
-    return Step(kind, name, x.shape[0], mode, provider, launches, size, fused)
+    return Step(kind, name, shape[0], mode, provider, launches, size, fused)
 
 
 BATCH = 128
+
+
+def _steps(kind: str, name: str, module: nn.Module, shape: Sequence[int]) -> list[Step]:
+    return [
+        count_step(kind, name, module, shape, mode, provider)
+        for mode in ("infer", "train")
+        for provider in ("eager", "fused")
+    ]
 
 
 def block_steps(batch: int = BATCH) -> list[Step]:
@@ -561,25 +569,10 @@ def block_steps(batch: int = BATCH) -> list[Step]:
 
     rows = []
     for case in CASES:
-        if "model" not in case.tags:
-            continue
-        arguments = case.make(torch.Generator().manual_seed(0), DTYPE, torch.device("cpu"), "channels_last")
-        with torch.device("meta"):
-            x = torch.empty((batch, *arguments["x"].shape[1:]), dtype=DTYPE)
-        x = _cpu_shape(x)
-        for mode in ("infer", "train"):
-            for provider in ("eager", "fused"):
-                rows.append(count_step("block", case.name, arguments["block"], x, mode, provider))
+        if "model" in case.tags:
+            made = case.make(torch.Generator().manual_seed(0), DTYPE, torch.device("cpu"), "channels_last")
+            rows += _steps("block", case.name, made["block"], (batch, *made["x"].shape[1:]))
     return rows
-
-
-def _cpu_shape(x: Tensor) -> Tensor:
-    """A CPU tensor of the shape and dtype of ``x`` in channels_last, of one element in memory."""
-    batch, channels, height, width = x.shape
-    with FakeTensorMode():
-        return torch.empty_strided(
-            x.shape, (channels * height * width, 1, channels * width, channels), dtype=x.dtype
-        )
 
 
 def model_steps(names: Sequence[str], batch: int = BATCH) -> list[Step]:
@@ -595,11 +588,7 @@ def model_steps(names: Sequence[str], batch: int = BATCH) -> list[Step]:
         if name not in list_models():
             raise ValueError(f"model {name!r} is unknown; use one of {', '.join(list_models())}")
         model = create_model(name).to(DTYPE).to(memory_format=torch.channels_last)
-        size = model.pretrained_cfg["input_size"]
-        x = _cpu_shape(torch.empty((batch, *size), device="meta", dtype=DTYPE))
-        for mode in ("infer", "train"):
-            for provider in ("eager", "fused"):
-                rows.append(count_step("model", name, model, x, mode, provider))
+        rows += _steps("model", name, model, (batch, *model.pretrained_cfg["input_size"]))
     return rows
 
 

@@ -1,9 +1,9 @@
 """``fused-ops bench ops``: every operator against every alternative, checked, timed and weighed.
 
-Times are of the calls alone, in microseconds. On a GPU each case is timed three ways: in a CUDA graph over sets
-that are cold in L2; the same without a graph, which includes the host where that is slower; and, for small
-tensors, in a graph with one set, warm in L2. On a CPU the shapes are cut to a small batch and the rows say
-``cpu``.
+Times are of the calls alone, in microseconds. On a GPU each case is timed three ways: in a CUDA graph over
+sets that are cold in L2; the same without a graph, which includes the host where that is slower; and, for
+small tensors, in a graph with one set, warm in L2. On a CPU the shapes are cut to a small batch and the rows
+say ``cpu``.
 """
 
 from __future__ import annotations
@@ -79,60 +79,66 @@ def _calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
         module.choose = original
 
 
-def least_work(operator: library.Operator, arguments: dict[str, Any], mode: str) -> tuple[int, int]:
-    """Bytes and floating-point operations that one call of ``mode`` needs, by the operator's formulas."""
+@dataclass(frozen=True)
+class Pass:
+    """What one pass, forward or backward, has to do: least bytes, operations, the checked calls behind it."""
+
+    direction: str
+    bytes: int
+    flops: int
+    calls: tuple[Any, ...]
+
+
+def least_work(operator: library.Operator, arguments: dict[str, Any], mode: str) -> list[Pass]:
+    """The passes of one call in ``mode``, by the operator's formulas."""
     calls: list[Any] = []
-    gradients = mode != "eval"
+    mine = copy_arguments(arguments)
     counter = FlopCounterMode(display=False)
-    with fused_ops.backend("reference"), _calls_of(operator, calls), counter:
-        with torch.set_grad_enabled(gradients):
-            out = operator.function(**copy_arguments(arguments))
-        forward_flops = counter.get_total_flops()
-        wanted = []
-        if mode in ("backward", "both"):
-            incoming = torch.ones_like(out)
-            wanted = [tensor for tensor in _graph_leaves(out) if tensor.requires_grad]
-            torch.autograd.grad(out, wanted, incoming, allow_unused=True)
+    grad = torch.enable_grad() if mode != "eval" else torch.no_grad()
+    with fused_ops.backend("reference"), _calls_of(operator, calls), counter, grad:
+        operator.function(**mine)
     flops = counter.get_total_flops()
-    forward = sum(operator.least_bytes(call, "forward") for call in calls)
-    backward = sum(operator.least_bytes(call, "backward") for call in calls) if wanted else 0
-    if mode == "backward":
-        return backward, flops - forward_flops
-    return forward + backward, flops
-
-
-def _graph_leaves(out: Tensor) -> list[Tensor]:
-    found, seen, stack = [], set(), [out.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack += [following for following, _ in node.next_functions]
-    return found
+    passes = {
+        # Gradients of the data and of the parameters each cost what the forward pass costs. PyTorch's own
+        # count of a backward pass is too high for grouped convolutions: it takes each filter for a full one.
+        direction: Pass(
+            direction,
+            sum(operator.least_bytes(call, direction) for call in calls),
+            flops if direction == "forward" else 2 * flops,
+            tuple(calls),
+        )
+        for direction in ("forward", "backward")
+    }
+    if mode == "both" and leaves(mine):
+        return [passes["forward"], passes["backward"]]
+    return [passes["backward" if mode == "backward" else "forward"]]
 
 
 def fraction_of_limit(
-    machine: Machine, work: tuple[int, int], dtype: str, seconds: float, l2: str
+    machine: Machine, operator: str, work: Sequence[Pass], seconds: float, l2: str
 ) -> float | None:
     """Least possible time over ``seconds``; None on a CPU, for an unknown GPU, or warm in L2.
 
-    The limit is that of device memory, which a call whose data is in L2 need not keep to.
+    The limit takes every byte from device memory, which does not bound a call whose data is in L2.
     """
     gpu = machine.columns["gpu"]
     if gpu == "cpu" or l2 != "cold":
         return None
+    from fused_ops.bench import limits
+
     try:
-        from fused_ops.bench import limits
-    except ImportError:
+        known = limits.find_gpu(gpu)
+    except ValueError:
         return None
     bandwidth = None if machine.copy_gb_s is None else machine.copy_gb_s * 1e9
-    try:
-        least, _ = limits.least_seconds(gpu, *work, dtype, copy_bandwidth=bandwidth)
-    except (KeyError, ValueError):
-        return None
+    peak = None if machine.gemm_tflops is None else machine.gemm_tflops * 1e12
+    # One pass after the other, so their least times add up.
+    least = 0.0
+    for part in work:
+        slots = sum(limits.issue_slots(operator, call, part.direction) for call in part.calls)
+        least += limits.least_seconds(
+            known, part.bytes, part.flops, False, slots, copy_bandwidth=bandwidth, gemm_peak=peak
+        ).seconds
     return least / seconds
 
 
@@ -156,18 +162,30 @@ def saved_bytes(call: Callable[[], Any], arguments: dict[str, Any]) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in owned)
 
 
-def make_call(mode: str, function: Callable[..., Tensor], arguments: dict[str, Any]) -> timing.Work:
-    """What is timed for ``mode`` on one set of arguments; gradients are returned and not accumulated."""
+def make_call(
+    mode: str, function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor | None
+) -> timing.Work:
+    """What is timed for ``mode`` on one set of arguments; gradients are returned and not accumulated.
+
+    Args:
+        grad: gradient of the output, for ``backward`` and ``both``.
+    """
     if mode in ("eval", "forward"):
         return lambda: function(**arguments)
     wanted = list(leaves(arguments).values())
     if mode == "both":
-        with torch.no_grad():
-            grad = cotangent(function(**copy_arguments(arguments)))
         return lambda: torch.autograd.grad(function(**arguments), wanted, grad, allow_unused=True)
     out = function(**arguments)
-    grad = cotangent(out)
     return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
+
+
+def make_set(
+    provider: Provider, mode: str, function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor
+) -> timing.Work:
+    """One call of ``provider`` on copies of the arguments and of the output's gradient, in its layout."""
+    mine = copy_arguments(arguments, layout=provider.layout)
+    incoming = copy_arguments({"grad": grad}, layout=provider.layout)["grad"]
+    return make_call(mode, function, mine, incoming)
 
 
 @dataclass
@@ -227,7 +245,7 @@ def prepare_provider(
             saved = None
             if mode != "eval":
                 saved = saved_bytes(lambda: function(**mine), mine)
-            call = make_call(mode, function, mine)
+            call = make_set(provider, mode, function, arguments, cotangent(eager["out"]))
             call()
             with timing.peak_memory(device) as memory:
                 call()
@@ -274,12 +292,13 @@ def ratios(medians: dict[str, float], providers: Sequence[Provider]) -> tuple[di
     return {name: medians[best] / medians[name] for name in ours}, best
 
 
-def _base_arguments(
-    case: Case, mode: str, dtype: torch.dtype, device: timing.Device, batch: int | None
+def make_arguments(
+    case: Case, dtype: torch.dtype, device: timing.Device, batch: int | None
 ) -> dict[str, Any]:
+    """The case's arguments on ``device``, with the first ``batch`` images if that is not None."""
     where = torch.device("cpu" if device.is_cpu else "cuda")
     made = case.make(torch.Generator().manual_seed(17), dtype, where, "channels_last")
-    return copy_arguments(made, batch=batch, evaluation=mode == "eval")
+    return made if batch is None else copy_arguments(made, batch=batch)
 
 
 def case_name(case: Case, batch: int | None) -> str:
@@ -298,14 +317,18 @@ def measure_case(
     plan: timing.Plan,
     deadline: timing.Deadline,
     batch: int | None = None,
+    made: dict[str, Any] | None = None,
 ) -> list[Row]:
     """Rows of one case in one mode: checked, then timed side by side.
+
+    ``made`` are the case's arguments, where the caller has made them already.
 
     A provider that cannot run, or that the deadline leaves no time to prepare, has a row that says so and no
     figures; so has one whose check fails.
     """
     name = f"{operator.name} {case_name(case, batch)} {mode}"
-    arguments = _base_arguments(case, mode, dtype, device, batch)
+    made = make_arguments(case, dtype, device, batch) if made is None else made
+    arguments = copy_arguments(made, evaluation=mode == "eval")
     gradients = mode != "eval"
     with device.active(), fused_ops.backend("reference"):
         exact = outcome(operator.function, copy_arguments(arguments, dtype=torch.float64), gradients)
@@ -342,21 +365,26 @@ def measure_case(
                 note(provider, found)
             else:
                 prepared.append(found)
-    set_bytes = data_bytes(arguments) + eager["out"].numel() * eager["out"].element_size()
+    grad = cotangent(eager["out"])
+    set_bytes = data_bytes(arguments) + grad.numel() * grad.element_size()
     del exact, eager
+    clocks = None
     for number, kind in enumerate(kinds(device, set_bytes, plan)):
         if not prepared or not deadline.fits(f"{name} {kind.l2} graph={kind.graph}"):
             continue
         # Every contestant is warm after the first kind.
         effort = plan if number == 0 else replace(plan, warmup_seconds=min(plan.warmup_seconds, 0.05))
-        measured = _time(prepared, arguments, mode, kind, device, effort, deadline)
-        rows += _rows(template, measured, kind, prepared, machine, work, device)
+        measured = _time(prepared, arguments, grad, mode, kind, device, effort, deadline)
+        # Asking takes up to half a second, and the load is the same for every kind.
+        clocks = clocks or timing.clocks_and_power(device)
+        rows += _rows(template, measured, kind, prepared, machine, work, clocks)
     return rows
 
 
 def _time(
     prepared: Sequence[Prepared],
     arguments: dict[str, Any],
+    grad: Tensor,
     mode: str,
     kind: Kind,
     device: timing.Device,
@@ -370,7 +398,7 @@ def _time(
         try:
             with device.active(), active():
                 calls = [
-                    make_call(mode, entry.function, copy_arguments(arguments, layout=entry.provider.layout))
+                    make_set(entry.provider, mode, entry.function, arguments, grad)
                     for _ in range(kind.turn.sets)
                 ]
             contestant = timing.Contestant(entry.provider.name, calls, active)
@@ -384,7 +412,8 @@ def _time(
     ours = [entry.provider.name for entry in prepared if not entry.provider.alternative]
     twin = next((entry.name for entry in reversed(contestants) if entry.name in ours), None)
     contestants = timing.with_again(contestants, twin)
-    timing.prepare(device, contestants[-1:], kind.turn, plan, graph=kind.graph)
+    if timing.prepare(device, contestants[-1:], kind.turn, plan, graph=kind.graph):
+        contestants.pop()
     return timing.interleave(device, contestants, kind.turn, plan, deadline), failed
 
 
@@ -394,8 +423,8 @@ def _rows(
     kind: Kind,
     prepared: Sequence[Prepared],
     machine: Machine,
-    work: tuple[int, int],
-    device: timing.Device,
+    work: Sequence[Pass],
+    clocks: tuple[float | None, float | None],
 ) -> list[Row]:
     timings, failed = measured
     floor = timing.noise_floor(timings)
@@ -403,7 +432,7 @@ def _rows(
     faster, best = ratios(
         {name: entry.p50 for name, entry in timings.items()}, [entry.provider for entry in prepared]
     )
-    clock, power = timing.clocks_and_power(device)
+    clock, power = clocks
     rows = []
     for entry in prepared:
         name = entry.provider.name
@@ -420,7 +449,7 @@ def _rows(
                 p50_us=timed.p50 * 1e6,
                 p80_us=timed.p80 * 1e6,
                 ratio_to_best_alternative=faster.get(name),
-                fraction_of_limit=fraction_of_limit(machine, work, base.dtype, timed.p50, kind.l2),
+                fraction_of_limit=fraction_of_limit(machine, base.op, work, timed.p50, kind.l2),
                 peak_bytes=entry.peak_bytes,
                 saved_bytes=entry.saved_bytes,
                 note="; ".join(filter(None, notes)),
@@ -437,7 +466,14 @@ def measure_machine(device: timing.Device, columns: dict[str, str], earlier: Seq
     if device.is_cpu:
         return Machine(columns, note="cpu")
     copy, gemm = timing.copy_gb_s(device), timing.gemm_tflops(device)
-    before = [row.copy_gb_s for row in earlier if row.gpu == device.name and row.copy_gb_s and not row.note]
+    # One figure per run that was not slow itself, whatever number of rows it has.
+    before = list(
+        {
+            row.copy_gb_s
+            for row in earlier
+            if row.gpu == device.name and row.copy_gb_s and "slow run" not in row.note
+        }
+    )
     usual = timing.usual_copy_gb_s(device.name, before)
     return Machine(columns, copy, gemm, timing.bandwidth_note(copy, usual))
 
@@ -567,12 +603,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
     deadline = timing.Deadline(seconds, device.now)
     machine = measure_machine(device, results.machine_columns(device.name, options.commit), store.rows)
-    batch = options.batch or (CPU_BATCH if device.is_cpu else None)
+    batch = options.batch if options.batch or not device.is_cpu else CPU_BATCH
     plan = timing.CPU_PLAN if device.is_cpu else timing.GPU_PLAN
     dtype = getattr(torch, options.dtype)
     commit = machine.columns["commit"]
     rows: list[Row] = []
     skipped: list[str] = []
+    arguments_of: dict[str, dict[str, Any]] = {}
     last = 0.0
     for mode in MODES:
         if options.mode and mode not in options.mode:
@@ -590,8 +627,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not deadline.fits(name, last / 2):
                 continue
             start = device.now()
+            key = f"{operator.name} {case.name}"
+            if key not in arguments_of:
+                arguments_of[key] = make_arguments(case, dtype, device, batch)
             found = measure_case(
-                operator, case, mode, dtype, providers, device, machine, plan, deadline, batch
+                operator,
+                case,
+                mode,
+                dtype,
+                providers,
+                device,
+                machine,
+                plan,
+                deadline,
+                batch,
+                arguments_of[key],
             )
             store.add(found)
             rows += found

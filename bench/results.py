@@ -47,7 +47,7 @@ class Row:
         l2: ``cold`` or ``warm``.
         graph: whether the calls ran in a CUDA graph.
         note: ``failed: ...``, ``not measured: ...``, or what else a reader must know.
-        copy_gb_s, gemm_tflops: this run's copy bandwidth (1e9 B/s) and bfloat16 matrix peak (1e12 operations).
+        copy_gb_s, gemm_tflops: this run's copy bandwidth (1e9 B/s) and bfloat16 matrix peak (1e12/s).
         noise_floor: relative difference of one provider measured twice, side by side, in this case.
         sm_clock_mhz, power_w: right after the timing.
         date: UTC, ISO 8601.

@@ -42,7 +42,7 @@ class Device(Protocol):
         """Seconds that one run of ``work`` takes on the device."""
 
     def graph(self, calls: Sequence[Work], keep: int) -> Work:
-        """One callable that runs ``calls`` without the host; the last ``keep`` results lie apart in memory."""
+        """One callable for ``calls``, without the host; ``keep`` results in a row lie apart in memory."""
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """Everything that is prepared for timing runs inside this context."""
@@ -339,8 +339,8 @@ def without_again(timings: dict[str, Timing]) -> dict[str, Timing]:
     return {name: timing for name, timing in timings.items() if not name.endswith(AGAIN)}
 
 
-# Bytes read and written per second by a large device-to-device copy, for GPUs measured so far (GB/s). A figure
-# in the committed results of the same GPU goes before these.
+# Bytes read and written per second by a large device-to-device copy, for GPUs measured so far (GB/s).
+# Figures in the results of the same GPU go before these.
 USUAL_COPY_GB_S = {"H100": 2900.0}
 LEAST_SHARE_OF_USUAL = 0.97
 

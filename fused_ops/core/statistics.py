@@ -88,6 +88,7 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, out_mean: Tensor, out
         BLOCK_P=min(64, next_power_of_2(parts)),
         BLOCK_C=block_c,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -104,4 +105,5 @@ def sum_parts(parts: Tensor, out: Tensor) -> None:
         BLOCK_P=min(64, next_power_of_2(count)),
         BLOCK_K=block_k,
         num_warps=4,
+        enable_fp_fusion=True,
     )
