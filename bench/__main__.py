@@ -33,8 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"unknown command {arguments[0]!r}" if arguments else "a command is missing"
         print(f"fused-ops bench: {what}; use one of {', '.join(COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
-    # Imported only now: each command needs other packages.
-    return importlib.import_module(f"fused_ops.bench.{arguments[0]}").main(arguments[1:])
+    try:
+        # Imported only now: each command needs other packages.
+        return importlib.import_module(f"fused_ops.bench.{arguments[0]}").main(arguments[1:])
+    except KeyboardInterrupt:
+        print(f"fused-ops bench {arguments[0]}: interrupted; finished cases are written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

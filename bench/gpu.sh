@@ -50,14 +50,18 @@ stage() {
 stage environment 5 "$PYTHON" -m fused_ops.env
 stage build 20 "$PYTHON" csrc/build.py library
 stage smoke 30 "$PYTHON" -m pytest -q -m gpu -k "$smoke" tests/contract
-stage step_dsnet_small 60 "${bench[@]}" models --model dsnet_small --mode train --batch 128 --results "$out"
-stage step_dsnet_small_star 60 "${bench[@]}" models --model dsnet_small_star --mode train --batch 128 --results "$out"
-stage ops_depthwise 60 "${bench[@]}" ops --op depthwise --results "$out"
+stage bench_tests 20 "$PYTHON" -m pytest -q -m gpu tests/bench
+# Each measuring stage gets a share of its own, so that a slow compilation cannot eat up the visit.
+models=("${bench[@]}" models --results "$out" --seconds)
+ops=("${bench[@]}" ops --results "$out" --seconds)
+stage step_dsnet_small 60 "${models[@]}" 110 --model dsnet_small --mode train --batch 128
+stage ops_depthwise 60 "${ops[@]}" 110 --op depthwise
+stage step_dsnet_small_star 60 "${models[@]}" 110 --model dsnet_small_star --mode train --batch 128
 stage tests 60 "$PYTHON" -m pytest -q -m gpu tests
-stage step_batches 60 "${bench[@]}" models --model dsnet_small --mode train --batch 64 256 --results "$out"
-stage infer_dsnet_small 60 "${bench[@]}" models --model dsnet_small --mode infer --batch 1 128 --results "$out"
-stage models 120 "${bench[@]}" models --results "$out"
-stage ops_all 120 "${bench[@]}" ops --results "$out"
+stage step_batches 60 "${models[@]}" 200 --model dsnet_small --mode train --batch 64 256
+stage infer_dsnet_small 60 "${models[@]}" 120 --model dsnet_small --mode infer --batch 1 128
+stage ops_all 60 "${ops[@]}" 300
+stage models 60 "${models[@]}" 600
 stage report 10 "${bench[@]}" report --results "$out" --out "$out"
 
 started=$SECONDS

@@ -345,7 +345,8 @@ def profile(runner: Runner, device: timing.Device, top: int = 12) -> Profile:
     covered, numbers = 0.0, set()
     for event in events:
         if event.name == COVERED and event.device_type == torch.autograd.DeviceType.CPU:
-            covered += spent(event)
+            # Children and not the range itself: on a CPU its own time is Python's, which the total has not.
+            covered += sum(spent(child) for child in event.cpu_children if child.name != COVERED)
             stack = list(event.cpu_children)
             while stack:
                 child = stack.pop()
@@ -354,7 +355,9 @@ def profile(runner: Runner, device: timing.Device, top: int = 12) -> Profile:
     numbers.discard(-1)
     for event in events:
         # Only the outermost of the backward's events: those inside carry its number too.
-        if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in numbers:
+        if not event.name.startswith("autograd::engine::evaluate_function"):
+            continue
+        if event.sequence_nr in numbers or "fused_ops" in event.name:
             covered += spent(event)
     ordered = sorted(kernels.items(), key=lambda item: -sum(item[1]))
     total = sum(sum(times) for times in kernels.values())

@@ -297,8 +297,10 @@ def make_arguments(
 ) -> dict[str, Any]:
     """The case's arguments on ``device``, with the first ``batch`` images if that is not None."""
     where = torch.device("cpu" if device.is_cpu else "cuda")
-    made = case.make(torch.Generator().manual_seed(17), dtype, where, "channels_last")
-    return made if batch is None else copy_arguments(made, batch=batch)
+    # On the stream of the timing: another one would not wait for what is made here.
+    with device.active():
+        made = case.make(torch.Generator().manual_seed(17), dtype, where, "channels_last")
+        return made if batch is None else copy_arguments(made, batch=batch)
 
 
 def case_name(case: Case, batch: int | None) -> str:
@@ -328,12 +330,13 @@ def measure_case(
     """
     name = f"{operator.name} {case_name(case, batch)} {mode}"
     made = make_arguments(case, dtype, device, batch) if made is None else made
-    arguments = copy_arguments(made, evaluation=mode == "eval")
     gradients = mode != "eval"
     with device.active(), fused_ops.backend("reference"):
+        arguments = copy_arguments(made, evaluation=mode == "eval")
         exact = outcome(operator.function, copy_arguments(arguments, dtype=torch.float64), gradients)
         eager = outcome(operator.function, copy_arguments(arguments), gradients)
         work = least_work(operator, arguments, mode)
+        grad = cotangent(eager["out"])
     template = Row(
         **{
             **machine.columns,
@@ -365,7 +368,6 @@ def measure_case(
                 note(provider, found)
             else:
                 prepared.append(found)
-    grad = cotangent(eager["out"])
     set_bytes = data_bytes(arguments) + grad.numel() * grad.element_size()
     del exact, eager
     clocks = None

@@ -506,6 +506,7 @@ def plot_fractions(gpu: str, subject: str, groups: Sequence[Group], predicted: P
     )
     for axes in figure.axes:
         axes.axvline(1.0, color="#111111", linewidth=1)
+        axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
     return _png(figure)
 
 
@@ -635,7 +636,7 @@ th {{ background: #f2f4f7; border-bottom: 2px solid var(--line);
 td.n, th.n {{ text-align: right; }}
 td.n {{ white-space: nowrap; }}
 td.note {{ min-width: 160px; }}
-td.name {{ white-space: nowrap; }}
+td.name, td.whole {{ white-space: nowrap; }}
 td.predicted {{ color: var(--predicted); background: #eef4fd; font-style: italic; }}
 th.predicted {{ color: var(--predicted); background: #dfeafb; }}
 td.measured {{ color: var(--measured); background: #edf8f1; font-weight: 600; }}
@@ -657,7 +658,7 @@ details > summary {{ cursor: pointer; color: #0b4fa8; margin: 6px 0; }}
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table cell, and its classes: ``n`` (number), ``predicted``, ``measured``, ``none``, ``name``."""
+    """Text of a table cell, and its classes in the style sheet."""
 
     text: str
     kind: str = ""
@@ -684,7 +685,8 @@ def _table(columns: Sequence[tuple[str, str]], lines: Sequence[tuple[str, Sequen
     for kind, cells in lines:
         inner = "".join(f'<td class="{cell.kind}">{html.escape(cell.text)}</td>' for cell in cells)
         body.append(f'<tr class="{kind}">{inner}</tr>')
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _image(png: bytes, text: str) -> str:
@@ -746,7 +748,7 @@ def comparison_table(groups: Sequence[Group], predicted: Predicted) -> str:
                     _number(ours.fraction_of_limit if ours else None, ".0%", "measured"),
                     _pair(ours, other, "saved_bytes"),
                     _pair(ours, other, "peak_bytes"),
-                    Cell(f"{group.l2 or '-'}, {'graph' if group.graph else 'no graph'}", "name"),
+                    Cell(f"{group.l2 or '-'}, {'graph' if group.graph else 'no graph'}", "whole"),
                     Cell("; ".join(notes), "note"),
                 ),
             )
@@ -775,13 +777,13 @@ def predicted_table(predictions: Sequence[Mapping[str, Any]], measured: Sequence
         sheet = datasheet(group.gpu)
         if sheet and group.ours:
             times[sheet.name, group.subject, group.case, group.mode] = group.ours.p50_us
-    columns = [("case", ""), ("calls per step", ""), ("mode", "")]
+    columns = [("case", ""), ("per step", ""), ("mode", "")]
     for gpu in gpus:
         columns += [(f"{gpu} predicted us", "n predicted"), (f"{gpu} measured us", "n measured")]
     found = by_case(predictions)
     lines = []
     for op, case, model, mode in dict.fromkeys(
-        (row["op"], row["case"], f"{row['model']} x{row['calls']}", row["mode"]) for row in predictions
+        (row["op"], row["case"], f"x{row['calls']}", row["mode"]) for row in predictions
     ):
         cells = [Cell(f"{op} {case}", "name"), Cell(model, "name"), Cell(mode)]
         for gpu in gpus:
@@ -919,10 +921,10 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         ]
     if report.steps is not None:
         section("Launches and bytes, counted")
-        parts.append("<p>Counted on tensors without data, in bfloat16: operations that write memory (a "
-                     "lower bound of launches) and the bytes they read and write, eager and with the kernels of "
-                     "this package where they run. Attention counts as one operation; training is forward and "
-                     "backward without the optimizer.</p>")  # fmt: skip
+        parts.append("<p>Counted on tensors without data, in bfloat16: operations that write memory "
+                     "(a lower bound of launches) and the bytes they read and write, eager and with the "
+                     "kernels of this package where they run. Attention counts as one operation; training is "
+                     "forward and backward without the optimizer.</p>")  # fmt: skip
         parts.append(_dictionaries(report.steps, list(limits.Step.__dataclass_fields__)))
     if report.traffic is not None:
         section("Memory traffic, counted")
@@ -1205,9 +1207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = summarise(gpu, report.on(gpu))
         if summary is not None:
             share = ", ".join(f"{value:.0%} at {least:g}x" for least, value in summary.wins.items())
-            print(
-                f"{gpu}: {summary.count} comparisons, won {share}; worst {summary.worst[0]:.2f}x {summary.worst[1]}"
-            )
+            worst = f"{summary.worst[0]:.2f}x {summary.worst[1]}"
+            print(f"{gpu}: {summary.count} comparisons, won {share}; worst {worst}")
     if not report.gpus:
         print("nothing was measured on a GPU yet; the page shows predictions, labelled as such")
     print(f"{out / 'index.html'} and {len(plots)} plots")

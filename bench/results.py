@@ -99,6 +99,11 @@ class Row:
         )
 
     @property
+    def subject(self) -> tuple[str, ...]:
+        """The key without the ways of timing: a check that fails speaks for all of them."""
+        return self.key[:-2]
+
+    @property
     def measured(self) -> bool:
         return self.p50_us is not None
 
@@ -175,12 +180,30 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each key the row that was measured last (by date, then by place), in the order of first mention."""
+    """Of each key the row that was measured last (by date, then by place), in the order of first mention.
+
+    A provider's older figures are left out once its check has failed, and an older reason for not measuring
+    once another commit was measured.
+    """
     newest: dict[tuple[str, ...], Row] = {}
     for row in rows:
         if row.key not in newest or row.date >= newest[row.key].date:
             newest[row.key] = row
-    return list(newest.values())
+    failed: dict[tuple[str, ...], str] = {}
+    measured: dict[tuple[str, ...], Row] = {}
+    for row in newest.values():
+        if row.note.startswith("failed"):
+            failed[row.subject] = max(row.date, failed.get(row.subject, ""))
+        if row.measured and (row.subject not in measured or row.date >= measured[row.subject].date):
+            measured[row.subject] = row
+
+    def stands(row: Row) -> bool:
+        if row.measured:
+            return row.date >= failed.get(row.subject, "")
+        later = measured.get(row.subject)
+        return later is None or later.commit == row.commit or row.date >= later.date
+
+    return [row for row in newest.values() if stands(row)]
 
 
 class Store:
@@ -191,9 +214,9 @@ class Store:
         self.rows = read_rows(path) if path is not None else []
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Add rows and write the file; rows of the same commit and key are replaced."""
-        new = {(row.commit, row.key) for row in rows}
-        self.rows = [row for row in self.rows if (row.commit, row.key) not in new] + list(rows)
+        """Add all rows of a case and write the file; rows of the same commit and subject are replaced."""
+        new = {(row.commit, row.subject) for row in rows}
+        self.rows = [row for row in self.rows if (row.commit, row.subject) not in new] + list(rows)
         if self.path is not None:
             write_rows(self.path, self.rows)
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
-STAGES = ["environment", "build", "smoke", "step_dsnet_small"]
+STAGES = ["environment", "build", "smoke", "bench_tests", "step_dsnet_small"]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_dry_run_lists_every_stage_and_runs_nothing(run, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0].startswith("install: ")
     assert "--no-index --no-build-isolation --no-deps" in lines[0]
-    assert [line.split()[0] for line in lines[1:5]] == STAGES
+    assert [line.split()[0] for line in lines[1:6]] == STAGES
     assert lines[-1].startswith("report ")
 
 
@@ -51,7 +51,7 @@ def test_runs_everything_once_and_resumes(run, tmp_path):
     first, calls = run("--seconds", "3000")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "failed: none; left out: none" in first.stdout
-    assert sum("-m pytest" in call for call in calls) == 2
+    assert sum("-m pytest" in call for call in calls) == 3
     assert (tmp_path / "results" / "smoke.log").exists()
     second, calls = run("--seconds", "3000")
     assert second.returncode == 0
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_left_out_and_named(run):
     assert result.returncode == 0
     assert "== smoke: left out, needs 30 s" in result.stdout
     assert "left out: smoke step_dsnet_small" in result.stdout
-    assert not any("-m pytest" in call for call in calls)
+    assert not any("three_way" in call for call in calls)
     # A short stage further down still runs.
     assert any("report" in call for call in calls)
 

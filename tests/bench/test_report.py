@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from fused_ops.bench import limits
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from fused_ops.bench import limits, report, results
 from fused_ops.bench.results import Row
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -79,3 +85,168 @@ def made_up_models(gpu: str = GPU) -> list[Row]:
         for batch, mode in ((1, "infer"), (128, "infer"), (128, "train"))
         for provider, factor in (("eager_channels_last", 2.0), ("compile_default", 1.3), ("auto", 1.0))
     ]
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    return limits.all_predictions([limits.find_gpu("h100"), limits.find_gpu("l40s")])
+
+
+@pytest.fixture(scope="module")
+def h100(predictions):
+    cases = ("dsnet_positional_64x56", "dsnet_positional_512x7", "dsnet_local_256x7")
+    chosen = [row for row in predictions if row["gpu"] == "H100 SXM" and row["case"] in cases]
+    return made_up_rows(predictions=chosen)
+
+
+@pytest.fixture(scope="module")
+def full(h100, predictions):
+    steps = [{"kind": "block", "name": "stage1", "launches": 3, "bytes": 1000}]
+    return report.Report([*h100, *made_up_models()], predictions, steps=steps)
+
+
+def group_of(times, **changes):
+    rows = [
+        Row(GPU, "depthwise", "", "case", "forward", name, "bfloat16", p50_us=time, l2="cold", graph=True)
+        for name, time in times.items()
+    ]
+    (group,) = report.group_rows(rows)
+    return group
+
+
+def test_ratio_is_to_the_fastest_alternative():
+    group = group_of({"eager_nchw": 90.0, "compile_default": 30.0, "triton": 20.0, "auto": 25.0})
+    assert (group.ours.provider, group.alternative.provider, group.ratio) == (
+        "triton",
+        "compile_default",
+        1.5,
+    )
+
+
+def test_a_failed_check_gives_no_ratio():
+    rows = [
+        Row(GPU, "depthwise", "", "c", "forward", "triton", "bfloat16", p50_us=1.0, note="failed: wrong"),
+        Row(GPU, "depthwise", "", "c", "forward", "eager_nchw", "bfloat16", p50_us=9.0),
+    ]
+    (group,) = report.group_rows(rows)
+    assert group.ratio is None
+    assert [row.provider for row in group.failed] == ["triton"]
+
+
+def test_rows_without_figures_join_their_case():
+    rows = [
+        Row(GPU, "depthwise", "", "c", "eval", "cuda", "bfloat16", note="not measured: no CUDA backend"),
+        Row(GPU, "depthwise", "", "c", "eval", "eager_nchw", "bfloat16", p50_us=9.0, l2="cold", graph=True),
+        Row(GPU, "depthwise", "", "c", "eval", "eager_nchw", "bfloat16", p50_us=2.0, l2="warm", graph=True),
+    ]
+    (group,) = report.group_rows(rows)
+    assert (group.l2, set(group.rows)) == ("cold", {"cuda", "eager_nchw"})
+
+
+def test_summary():
+    times = [(10.0, 5.0), (30.0, 20.0), (10.0, 10.0), (10.0, 20.0)]
+    groups = [group_of({"eager_nchw": other, "triton": ours}) for other, ours in times]
+    summary = report.summarise(GPU, groups)
+    # Ratios 2, 1.5, 1 and 0.5.
+    assert summary.wins == {1.0: 0.75, 1.5: 0.5, 2.0: 0.25}
+    assert summary.worst == (0.5, "depthwise case forward")
+    assert summary.geometric_mean == pytest.approx(math.prod((2, 1.5, 1, 0.5)) ** 0.25)
+    assert [group.ratio for group in report.losing_first(groups)] == [0.5, 1.0, 1.5, 2.0]
+    assert report.summarise(GPU, []) is None
+
+
+def test_images_per_second():
+    row = Row(GPU, "", "dsnet_tiny", "128x3x224x224", "infer", "auto", "bfloat16", p50_us=64_000.0)
+    assert report.images_per_second(row) == pytest.approx(2000.0)
+
+
+def test_combined_never_mixes(full, predictions):
+    entries = report.combined(full.measured, predictions)
+    h100 = [entry for entry in entries if entry["gpu"] == GPU and entry["subject"] == "depthwise"]
+    assert len(h100) == 12
+    assert all(entry["measured"] and entry["predicted_us"] for entry in h100)
+    l40s = [entry for entry in entries if entry["gpu"] == "L40S"]
+    assert l40s
+    assert all(entry["measured"] is None for entry in l40s)
+    json.dumps(entries)
+
+
+def test_page(full):
+    text = report.page(full, full.plots())
+    assert "Nothing has been measured" not in text
+    for expected in (f"Measured on {GPU}", "failed: made-up check", "0.71", "stage1", "images/s"):
+        assert expected in text
+    # The losing row comes before those that win, and after the failed check.
+    table = text[text.index("<table") :]
+    assert table.index("dsnet_positional_512x7") < table.index("dsnet_local_256x7")
+    assert table.index("dsnet_local_256x7") < table.index("dsnet_positional_64x56")
+    self_contained(text)
+    cells = re.findall(r'<td class="([^"]*)">', text)
+    assert not any("predicted" in kind and "measured" in kind for kind in cells)
+
+
+def self_contained(text):
+    assert not re.search(r"https?://|<script|<link|@import|url\(", text)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
+
+
+def test_page_without_results(predictions):
+    empty = report.Report([], predictions)
+    plots = empty.plots()
+    assert plots["main"] == plots["predicted"]
+    text = report.page(empty, plots)
+    self_contained(text)
+    assert "Nothing has been measured on a GPU yet" in text
+    assert 'class="n measured">' not in text.split("<tbody>", 1)[1].replace('<th class="n measured">', "")
+    assert "not measured" in text
+
+
+def test_cpu_rows_are_called_so(predictions):
+    page = report.page(report.Report(made_up_rows("cpu", predictions[:4]), predictions), {})
+    assert "Nothing has been measured on a GPU yet" in page
+    assert page.index("CPU timings") < page.index("say nothing about a GPU")
+
+
+def test_readme_block(full, predictions):
+    empty = report.readme_block(report.Report([], predictions), "plot.png")
+    assert "no speed is claimed" in empty
+    assert "| depthwise dsnet_positional_64x56 | *87* |" in empty
+    measured = report.readme_block(full, "plot.png")
+    assert measured.startswith(report.BEGIN)
+    assert measured.endswith(report.END)
+    assert "predicted" not in measured
+    assert "40.9 (triton)" in measured
+
+
+def test_command(tmp_path, capsys, monkeypatch, predictions, h100):
+    monkeypatch.setattr(limits, "all_predictions", lambda: predictions)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder = tmp_path / "results"
+    results.write_rows(folder / results.gpu_slug(GPU) / "ops.csv", h100[:60])
+    (folder / "steps.json").write_text('[{"kind": "block", "name": "from a file"}]')
+    arguments = ["--results", str(folder), "--readme", str(readme), "--update-readme"]
+    assert report.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "](results/report/main.png)" in text
+    out = folder / "report"
+    assert (out / "main.png").read_bytes().startswith(b"\x89PNG")
+    assert "from a file" in (out / "index.html").read_text()
+
+
+def test_bad_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "all_predictions", list)
+    (tmp_path / "traffic.json").write_text("{}")
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    for arguments, word in (
+        (["--results", str(tmp_path / "no")], "not a folder"),
+        (["--results", str(tmp_path)], "not a list of rows"),
+    ):
+        assert report.main(arguments) == 2
+        assert word in capsys.readouterr().err
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.update_readme(Path(readme), "block")

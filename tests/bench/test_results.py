@@ -115,9 +115,24 @@ def test_latest_takes_the_newest_of_each_key():
         row(commit="a", date="2026-01-02", p50_us=1.0),
         row(commit="b", date="2026-01-03", p50_us=2.0),
         row(commit="c", date="2026-01-01", p50_us=3.0),
-        row(commit="a", date="2026-01-02", l2="warm"),
+        row(commit="a", date="2026-01-02", l2="warm", p50_us=4.0),
     ]
     assert [(entry.commit, entry.l2) for entry in results.latest(rows)] == [("b", ""), ("a", "warm")]
+
+
+def test_a_failed_check_hides_older_figures():
+    good = row(commit="a", date="2026-01-01", p50_us=1.0, l2="cold", graph=True)
+    failed = row(commit="b", date="2026-01-02", note="failed: out: error 1 above 0.1")
+    mended = row(commit="c", date="2026-01-03", p50_us=2.0, l2="cold", graph=True)
+    assert results.latest([good, failed]) == [failed]
+    assert results.latest([good, failed, mended]) == [mended]
+
+
+def test_adding_a_case_again_replaces_its_reasons_for_not_measuring():
+    store = Store(None)
+    store.add([row(commit="a", note="not measured: out of memory")])
+    store.add([row(commit="a", l2=kind, p50_us=1.0) for kind in ("cold", "warm")])
+    assert [(entry.l2, entry.p50_us) for entry in store.rows] == [("cold", 1.0), ("warm", 1.0)]
 
 
 def test_slug_and_paths(tmp_path):
