@@ -13,6 +13,8 @@ COMMANDS = {
     "report": "tables, plots and one HTML page of the measurements",
     "traffic": "count the bytes that kernels move, without a GPU",
     "resources": "registers, spills and shared memory of every kernel, without a GPU",
+    "limits": "predict times from bytes and operations per GPU, and count launches per model step",
+    "dispatch": "make the table of `auto` from the measurements, or check it",
     "gate": "compare measurements with the committed ones of the same GPU",
 }
 
