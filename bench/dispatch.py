@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from fused_ops.bench import results
 from fused_ops.bench.limits import kernels_chosen, without_batch_statistics
 from fused_ops.bench.providers import ALL
 from fused_ops.bench.results import Row
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from fused_ops.core import library
 
 ALTERNATIVES = frozenset(provider.name for provider in ALL if provider.alternative)

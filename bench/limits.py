@@ -23,13 +23,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fused_ops.bench.traffic import tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops  # noqa: F401 (fills the registry)
+from fused_ops.bench.traffic import tensors
 from fused_ops.core import backends, environment, library
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
 from fused_ops.bench import results, timing
 from fused_ops.bench.ops import (
     Machine,
@@ -30,9 +33,6 @@ from fused_ops.bench.ops import (
 )
 from fused_ops.bench.providers import NAMES, Provider, reason_of, select
 from fused_ops.bench.results import Row, Store
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
 from fused_ops.core import backends, library
 
 MODES = ("train", "infer")
@@ -67,8 +67,9 @@ CPU_STEPS = Steps(1, 3, 1)
 
 def create(name: str) -> nn.Module:
     """A model of the zoo, or ``timm/<name>`` for one of timm, with random weights, the same at every call."""
-    import fused_ops.models
     import timm
+
+    import fused_ops.models
 
     torch.manual_seed(0)
     if name.startswith("timm/"):
@@ -79,6 +80,7 @@ def create(name: str) -> nn.Module:
 def check_name(name: str) -> None:
     """Raise a ValueError if :func:`create` does not know the name."""
     import timm
+
     from fused_ops.models import registry
 
     if not name.startswith("timm/"):

@@ -18,6 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_ops
 from fused_ops.bench import results, timing
 from fused_ops.bench.correctness import (
     copy_arguments,
@@ -31,10 +35,6 @@ from fused_ops.bench.correctness import (
 )
 from fused_ops.bench.providers import NAMES, Provider, reason_of, select
 from fused_ops.bench.results import Row, Store
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-import fused_ops
 from fused_ops.core import library
 from fused_ops.core.backends import BackendUnavailableError
 from fused_ops.core.cases import Case

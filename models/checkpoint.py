@@ -23,11 +23,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from fused_ops.models.layouts import PADDLE_STATISTICS
-from fused_ops.models.registry import system_of
 from torch import Tensor, nn
 
 import fused_ops
+from fused_ops.models.layouts import PADDLE_STATISTICS
+from fused_ops.models.registry import system_of
 
 ROOT_KEYS = ("model", "state_dict")
 FORMAT = "fused_ops"

@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fused_ops.models.layouts import paddle_layout, same_names_layout
-from fused_ops.models.registry import ModelInfo, System, register_system
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -35,6 +33,8 @@ from torch import Tensor, nn
 from fused_ops.blocks import DSBlock
 from fused_ops.blocks.checkpointing import checkpoint_block
 from fused_ops.blocks.layout import is_channels_last, like_input, to_channels_last
+from fused_ops.models.layouts import paddle_layout, same_names_layout
+from fused_ops.models.registry import ModelInfo, System, register_system
 
 __all__ = ["DSNet"]
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import timm
 import torch
-from fused_ops.models.layouts import OfficialLayout
 from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from fused_ops.models.layouts import OfficialLayout
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.interpreter import round_to_bfloat16
 
         round_to_bfloat16()
+    # TensorFloat-32 would hide errors of a thousand float32 roundings in the results compared with.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 

@@ -6,9 +6,9 @@ import dataclasses
 import json
 
 import torch
+
 from fused_ops.bench import dispatch, results
 from fused_ops.bench.results import Row
-
 from fused_ops.core import library
 
 CASE = "dsnet_local_32x56"

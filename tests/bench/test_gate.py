@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+
 from fused_ops.bench import gate, results
 from fused_ops.bench.results import Row
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from fused_ops.bench import limits
-from fused_ops.bench.traffic import count_triton, tensors
 from torch import nn
 
+from fused_ops.bench import limits
+from fused_ops.bench.traffic import count_triton, tensors
 from fused_ops.core import backends, environment, library
 
 DEPTHWISE = library.operators()["depthwise"]

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from bench_helpers import FakeDevice
-from fused_ops.bench import __main__ as bench
-from fused_ops.bench import models, ops, providers, results, timing
 from torch import nn
 
+from fused_ops.bench import __main__ as bench
+from fused_ops.bench import models, ops, providers, results, timing
 from fused_ops.depthwise import DepthwiseConvBNAct
 
 MACHINE = ops.Machine(results.machine_columns("cpu", "c0ffee"), note="cpu")

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from bench_helpers import FakeDevice
-from fused_ops.bench import __main__ as bench
-from fused_ops.bench import correctness, limits, ops, providers, results, timing
 
 import fused_ops
+from fused_ops.bench import __main__ as bench
+from fused_ops.bench import correctness, limits, ops, providers, results, timing
 from fused_ops.core import library
 
 CPU = timing.CpuDevice()

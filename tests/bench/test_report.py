@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from fused_ops.bench import limits, report, results
 from fused_ops.bench.results import Row
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fused_ops.bench import __main__ as bench
 from fused_ops.bench import results
 from fused_ops.bench.results import COLUMNS, Row, Store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from bench_helpers import FakeDevice
+
 from fused_ops.bench import timing
 from fused_ops.bench.timing import Contestant, Deadline, Plan, Rotation, Timing
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_ops.bench.traffic import count_triton, operator_traffic
 from support.contract import require
 
+from fused_ops.bench.traffic import count_triton, operator_traffic
 from fused_ops.core import library
 from fused_ops.core.triton_support import jit, tl
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+
 from fused_ops.models import (
     CheckpointError,
     create_model,

@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from fused_ops.models import count_macs, count_params, create_model, list_models, systems
-from fused_ops.models.dsnet import DSNet, drop_path_rates
 from timm.models import group_parameters
 
 from fused_ops.blocks.drop_path import DropPath
+from fused_ops.models import count_macs, count_params, create_model, list_models, systems
+from fused_ops.models.dsnet import DSNet, drop_path_rates
 
 # Parameters and multiply-accumulates at 224 pixels; the starred ones counted from the public code.
 COUNTED = {

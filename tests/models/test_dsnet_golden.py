@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fused_ops.models import create_model, load_checkpoint, official_state_dict
 from support import golden
+
+from fused_ops.models import create_model, load_checkpoint, official_state_dict
 
 NAMES = [
     "dsnet_tiny_star",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fused_ops.models import create_model, list_models, model_table, systems
 from fused_ops.models.__main__ import main
 from fused_ops.models.registry import System, register_system

@@ -3,8 +3,9 @@
 import importlib.util
 import sys
 
-import fused_ops.models
 import pytest
+
+import fused_ops.models
 
 
 @pytest.mark.parametrize("package", ["timm", "safetensors"])

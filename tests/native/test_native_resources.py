@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fused_ops.bench import resources
 
 LISTING = """

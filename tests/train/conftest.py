@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from fused_ops.train import main
 from training_helpers import write_images
+
+from fused_ops.train import main
 
 # For the processes that tests start; more threads than cores make them slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fused_ops.train import main
-from fused_ops.train.data import Digits, Draw, Folder, Samples
 from safetensors.torch import load_file
 from training_helpers import CONVNEXT, arguments, epochs, losses
+
+from fused_ops.train import main
+from fused_ops.train.data import Digits, Draw, Folder, Samples
 
 
 @pytest.fixture

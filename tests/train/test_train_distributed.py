@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from training_helpers import CONVNEXT, arguments, epochs, losses
+
 from fused_ops.train import main
 from fused_ops.train.checkpoint import LAST, load_state
 from fused_ops.train.data import NO_TARGET, EvaluationBatches, TrainingBatches
 from fused_ops.train.distributed import World
 from fused_ops.train.settings import Settings
-from training_helpers import CONVNEXT, arguments, epochs, losses
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

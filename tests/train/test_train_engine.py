@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from training_helpers import arguments, losses
+
 from fused_ops.train import main
 from fused_ops.train.distributed import World
 from fused_ops.train.engine import Engine, build_optimizer, build_scheduler, training_loss
 from fused_ops.train.settings import Settings
-from torch import nn
-from training_helpers import arguments, losses
 
 CPU = World(0, 1, torch.device("cpu"))
 PLAIN = {

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_helpers import CONVNEXT, arguments, epochs, losses
+
 from fused_ops.train import main
 from fused_ops.train.checkpoint import LAST, load_state, save_state
 from fused_ops.train.engine import Engine
-from training_helpers import CONVNEXT, arguments, epochs, losses
 
 UPDATES_PER_EPOCH = 3
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from training_helpers import CLASSES, arguments, write_images
+
 from fused_ops.train import main
 from fused_ops.train.settings import (
     MAY_CHANGE,
@@ -20,8 +23,6 @@ from fused_ops.train.settings import (
     settings_from,
     split_batch,
 )
-from PIL import Image
-from training_helpers import CLASSES, arguments, write_images
 
 
 @pytest.mark.parametrize(
