@@ -150,7 +150,9 @@ def three_way(
 ) -> str:
     """What is wrong with ``result``, or nothing.
 
-    The rule of the contract tests: the greatest error against float64 is at most twice eager's in the same
-    ``dtype``, plus two roundings at the tensor's largest value.
+    The greatest error against float64 is at most twice eager's in the same ``dtype`` (the rule of
+    flash-attention's tests), plus two roundings at the tensor's largest value; running statistics may lose a
+    few roundings more, since eager's CPU statistics are summed in float64, and a float32 result of
+    half-precision data half of one rounding of what went into it.
     """
     return "; ".join(_wrong(result, eager, exact, dtype))

@@ -26,11 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops  # noqa: F401 (fills the registry)
-from fused_ops.bench.traffic import tensors
 from fused_ops.core import backends, environment, library
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """Every tensor in nested containers, each once."""
+    return list({id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values())
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fused_ops.bench.correctness import (
 )
 from fused_ops.bench.providers import NAMES, Provider, reason_of, select
 from fused_ops.bench.results import Row, Store
+from fused_ops.bench.traffic import calls_of
 from fused_ops.core import library
 from fused_ops.core.backends import BackendUnavailableError
 from fused_ops.core.cases import Case
@@ -62,23 +63,6 @@ class Machine:
     note: str = ""
 
 
-@contextlib.contextmanager
-def _calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
-    # The checked call is what the byte formula takes, and `choose` is where it is seen.
-    module = sys.modules[operator.function.__module__]
-    original = module.choose
-
-    def choose(name: str, candidates: Any, call: Any) -> Any:
-        calls.append(call)
-        return original(name, candidates, call)
-
-    module.choose = choose
-    try:
-        yield
-    finally:
-        module.choose = original
-
-
 @dataclass(frozen=True)
 class Pass:
     """What one pass, forward or backward, has to do: least bytes, operations, the checked calls behind it."""
@@ -95,7 +79,7 @@ def least_work(operator: library.Operator, arguments: dict[str, Any], mode: str)
     mine = copy_arguments(arguments)
     counter = FlopCounterMode(display=False)
     grad = torch.enable_grad() if mode != "eval" else torch.no_grad()
-    with fused_ops.backend("reference"), _calls_of(operator, calls), counter, grad:
+    with fused_ops.backend("reference"), calls_of(operator, calls), counter, grad:
         operator.function(**mine)
     flops = counter.get_total_flops()
     passes = {

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fused_ops.bench.correctness import leaves
 from fused_ops.core import backends, environment, library, native
 
 FIGURES = ("counted_bytes", "block_bytes", "requested_bytes")
@@ -138,39 +138,21 @@ def operator_traffic(
     with (
         torch.set_grad_enabled(has_backward),
         backends.backend(backend),
-        _calls_of(operator, calls),
+        calls_of(operator, calls),
         count() as forward,
     ):
         out = operator.function(**arguments)
     rows = _rows(operator, backend, name, "forward", forward, calls[0])
-    leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
-    if leaves and out.requires_grad:
+    wanted = list(leaves(arguments).values())
+    if wanted and out.requires_grad:
         with count() as backward:
-            torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+            torch.autograd.grad(out, wanted, torch.randn_like(out), allow_unused=True)
         rows += _rows(operator, backend, name, "backward", backward, calls[0])
     return rows
 
 
-def tensors(arguments: Any) -> list[Tensor]:
-    """Every tensor in the keyword arguments of an operator, each once."""
-    found: dict[int, Tensor] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found[id(value)] = value
-        elif isinstance(value, dict):
-            for entry in value.values():
-                visit(entry)
-        elif isinstance(value, (tuple, list)):
-            for entry in value:
-                visit(entry)
-
-    visit(arguments)
-    return list(found.values())
-
-
 @contextlib.contextmanager
-def _calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
+def calls_of(operator: library.Operator, calls: list[Any]) -> Iterator[None]:
     """Collect the checked calls that reach the choice of a backend."""
     module = sys.modules[operator.function.__module__]
     original = module.choose

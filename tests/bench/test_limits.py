@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fused_ops.bench import limits
-from fused_ops.bench.traffic import count_triton, tensors
+from fused_ops.bench.limits import tensors
+from fused_ops.bench.traffic import count_triton
 from fused_ops.core import backends, environment, library
 
 DEPTHWISE = library.operators()["depthwise"]

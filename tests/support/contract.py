@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_ops
+from fused_ops.bench.correctness import copy_arguments, cotangent, named_tensors, three_way
 from fused_ops.core import environment, library, native
 from fused_ops.core.cases import Case
 
@@ -38,40 +39,9 @@ def make(
     return case.make(torch.Generator().manual_seed(17), dtype, torch.device(device), layout)
 
 
-def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of an operator's arguments by name; those inside a named tuple as ``argument.field``."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in arguments.items():
-        fields = value._asdict() if hasattr(value, "_asdict") else {None: value}
-        for field, entry in fields.items():
-            if isinstance(entry, Tensor) and id(entry) not in seen:
-                seen.add(id(entry))
-                found[name if field is None else f"{name}.{field}"] = entry
-    return found
-
-
-def convert(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same arguments with every floating tensor in ``dtype``; one tensor given twice stays one."""
-    converted: dict[int, Tensor] = {}
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in converted:
-                new = value.detach().to(dtype, copy=True)
-                converted[id(value)] = new.requires_grad_(value.requires_grad)
-            return converted[id(value)]
-        if hasattr(value, "_replace"):
-            return type(value)(*(visit(entry) for entry in value))
-        return value
-
-    return {name: visit(value) for name, value in arguments.items()}
-
-
-def cotangent(out: Tensor) -> Tensor:
-    """Random gradient for ``out``, in its layout, the same values at every call."""
-    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(23), dtype=torch.float64)
-    return torch.empty_like(out).copy_(values)
+def convert(arguments: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A deep copy of the arguments with every floating tensor in ``dtype``, or each in its own."""
+    return copy_arguments(arguments, dtype=dtype)
 
 
 def run(
@@ -99,39 +69,9 @@ def run(
 def assert_three_way(
     result: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Contract C1: error against float64 at most twice eager's at the same precision, plus a floor.
-
-    The floor is two roundings of the tensor's dtype at the tensor's largest value. A gradient that is
-    zero by algebra (a bias under batch statistics) has no scale of its own, so the largest gradient of a
-    parameter gives it.
-    """
-    scale = max(
-        (
-            value.abs().max().item()
-            for name, value in exact.items()
-            if name.startswith("grad ") and value.numel()
-        ),
-        default=0.0,
-    )
-    for name, value in result.items():
-        want = exact[name]
-        assert value is not None, f"{name}: no value"
-        assert value.shape == want.shape, f"{name}: shape {tuple(value.shape)}, not {tuple(want.shape)}"
-        if value.numel() == 0:
-            continue
-        error = (value.double() - want).abs().max().item()
-        eager_error = (eager[name].double() - want).abs().max().item()
-        largest = want.abs().max().item()
-        if name.startswith("grad ") and name.endswith("bias"):
-            largest = max(largest, scale)
-        allowed = 2 * eager_error + 2 * torch.finfo(value.dtype).eps * largest
-        if "running" in name:
-            # Eager's CPU statistics are summed in float64; float32 ones may lose a few roundings more.
-            allowed += 16 * torch.finfo(value.dtype).eps * largest
-        if value.dtype != dtype:
-            # A float32 result of half-precision maps: half of one rounding of what went into it.
-            allowed += 0.25 * torch.finfo(dtype).eps * largest
-        assert error <= allowed, f"{name}: error {error:.3e} above {allowed:.3e} (eager {eager_error:.3e})"
+    """Contract C1, the rule that the bench applies too: see :func:`fused_ops.bench.correctness.three_way`."""
+    problem = three_way(result, eager, exact, dtype)
+    assert not problem, problem
 
 
 def kernel_backends(operator: library.Operator) -> list[str]:
