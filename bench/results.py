@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -257,23 +256,13 @@ def all_rows(root: Path | None = None) -> list[Row]:
 
 def commit_name() -> str:
     """This package's commit, with ``-dirty`` if sources differ from it; ``unknown`` outside a checkout."""
-    commit = environment.environment_report()["commit"]
+    commit = environment.git_commit()
     if commit is None:
         return "unknown"
     # A run writes results as it goes, which must not change the name of what it measures.
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"]
-    try:
-        result = subprocess.run(
-            command,
-            cwd=Path(__file__).resolve().parents[1],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return commit
-    return f"{commit}-dirty" if result.stdout.strip() else commit
+    changes = environment.command_output(command, cwd=Path(__file__).resolve().parents[1])
+    return f"{commit}-dirty" if changes else commit
 
 
 def machine_columns(gpu: str, commit: str | None = None) -> dict[str, str]:

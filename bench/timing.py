@@ -13,7 +13,6 @@ import contextlib
 import math
 import re
 import statistics
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from fused_ops.core import environment
 
 Work = Callable[[], Any]
 
@@ -396,17 +397,8 @@ def clocks_and_power(device: Device) -> tuple[float | None, float | None]:
     uuid = getattr(device, "uuid", "")
     which = (uuid if uuid.startswith("GPU-") else f"GPU-{uuid}") if uuid else str(getattr(device, "index", 0))
     command = ["nvidia-smi", f"--id={which}", "--query-gpu=clocks.sm,power.draw"]
-    try:
-        result = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return parse_clocks(result.stdout)
+    text = environment.command_output([*command, "--format=csv,noheader,nounits"])
+    return (None, None) if text is None else parse_clocks(text)
 
 
 def parse_clocks(text: str) -> tuple[float | None, float | None]:

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -175,9 +176,8 @@ def record() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
-@environment.constant_in_graphs
-def triton_status() -> tuple[bool, str]:
-    """Whether Triton kernels can run in this process, and if not, why."""
+@cache
+def _triton_status(device: int | None) -> tuple[bool, str]:
     try:
         import triton
     except ImportError as error:
@@ -186,10 +186,20 @@ def triton_status() -> tuple[bool, str]:
         return True, "Triton's interpreter, on CPU tensors"
     if not torch.cuda.is_available():
         return False, "no CUDA device is available, and TRITON_INTERPRET=1 was not set before the import"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return False, f"the GPU's compute capability is {major}.{minor}; the Triton kernels need 8.0"
     return True, f"Triton {triton.__version__}"
+
+
+@environment.constant_in_graphs
+def triton_status(device: int | None = None) -> tuple[bool, str]:
+    """Whether Triton kernels can run on a device, and if not, why. Found out once, since every call asks.
+
+    Args:
+        device: index of the CUDA device; None for the current one.
+    """
+    return _triton_status(device)
 
 
 def status() -> dict[str, tuple[bool, str]]:

@@ -20,7 +20,8 @@ class Case:
             public function. Tensors that get gradients have ``requires_grad`` set. ``layout`` is
             ``channels_last``, ``nchw`` or ``slice`` (a channel slice of a wider channels_last tensor).
         tags: ``model`` for shapes of real models, ``awkward`` for odd ones, ``tiny`` for those small enough
-            for Triton's interpreter, ``training`` where batch statistics are used.
+            for Triton's interpreter, ``training`` where batch statistics are used, ``traffic`` where bytes
+            are counted, ``resources`` where the kernels launched are compiled for the register report.
         model: the real model that the shape comes from, and how often one step calls it.
         calls: calls per step of that model.
     """

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,37 +92,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    # An installed copy may lie inside some other project's repository.
-    if not (root / ".git").exists():
-        return None
+def command_output(command: Sequence[str], cwd: Path | None = None) -> str | None:
+    """What ``command`` prints, stripped; None where it is missing, fails or takes over 20 seconds."""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
 
 
-def _driver_version() -> str | None:
-    try:
-        result = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+def git_commit() -> str | None:
+    """Commit of the checkout that this package lies in; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    # An installed copy may lie inside some other project's repository.
+    if not (root / ".git").exists():
         return None
-    return result.stdout.strip().splitlines()[0] if result.stdout.strip() else None
+    return command_output(["git", "rev-parse", "HEAD"], cwd=root)
+
+
+def _driver_version() -> str | None:
+    versions = command_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return versions.splitlines()[0] if versions else None
 
 
 def environment_report() -> dict[str, Any]:
@@ -145,7 +135,7 @@ def environment_report() -> dict[str, Any]:
     packages = ("fused-ops", "torch", "triton", "torchvision", "timm", "safetensors", "numpy")
     return {
         "packages": {package: _version(package) for package in packages},
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

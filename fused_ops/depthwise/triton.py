@@ -78,6 +78,22 @@ def _tap(weight_ptr, c, channels, TAP: tl.constexpr):
 
 
 @jit
+def _filter(weight_ptr, c, channels):
+    """The nine taps (1, BLOCK_C) of each channel, row by row."""
+    return (
+        _tap(weight_ptr, c, channels, 0),
+        _tap(weight_ptr, c, channels, 1),
+        _tap(weight_ptr, c, channels, 2),
+        _tap(weight_ptr, c, channels, 3),
+        _tap(weight_ptr, c, channels, 4),
+        _tap(weight_ptr, c, channels, 5),
+        _tap(weight_ptr, c, channels, 6),
+        _tap(weight_ptr, c, channels, 7),
+        _tap(weight_ptr, c, channels, 8),
+    )
+
+
+@jit
 def _store_moments(
     part, rows_valid, ok, columns, width, first, s1, s2, c, channels, count_ptr, mean_ptr, m2_ptr
 ):
@@ -175,21 +191,7 @@ def forward_kernel(
     result, and the raw convolution too where ``raw_ptr`` is given.
     """
     image, row0, columns, c, part = _program(height, width, channels, rows, BLOCK_W, BLOCK_C)
-    w00, w01, w02 = (
-        _tap(weight_ptr, c, channels, 0),
-        _tap(weight_ptr, c, channels, 1),
-        _tap(weight_ptr, c, channels, 2),
-    )
-    w10, w11, w12 = (
-        _tap(weight_ptr, c, channels, 3),
-        _tap(weight_ptr, c, channels, 4),
-        _tap(weight_ptr, c, channels, 5),
-    )
-    w20, w21, w22 = (
-        _tap(weight_ptr, c, channels, 6),
-        _tap(weight_ptr, c, channels, 7),
-        _tap(weight_ptr, c, channels, 8),
-    )
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = _filter(weight_ptr, c, channels)
     bias = _vector(bias_ptr, c, channels, 0.0)[None, :]
     if NORM != "none" and not RAW_ONLY:
         mean = _vector(mean_ptr, c, channels, 0.0)[None, :]
@@ -543,21 +545,7 @@ def backward_kernel(
     NEED_W: tl.constexpr = weight_parts_ptr is not None
     NEED_OWN: tl.constexpr = bias_parts_ptr is not None or residual_grad_ptr is not None
     if NEED_X:
-        w00, w01, w02 = (
-            _tap(weight_ptr, c, channels, 0),
-            _tap(weight_ptr, c, channels, 1),
-            _tap(weight_ptr, c, channels, 2),
-        )
-        w10, w11, w12 = (
-            _tap(weight_ptr, c, channels, 3),
-            _tap(weight_ptr, c, channels, 4),
-            _tap(weight_ptr, c, channels, 5),
-        )
-        w20, w21, w22 = (
-            _tap(weight_ptr, c, channels, 6),
-            _tap(weight_ptr, c, channels, 7),
-            _tap(weight_ptr, c, channels, 8),
-        )
+        w00, w01, w02, w10, w11, w12, w20, w21, w22 = _filter(weight_ptr, c, channels)
     zero = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     waits_one, waits_two = zero, zero
     g00, g01, g02, g10, g11, g12, g20, g21, g22 = zero, zero, zero, zero, zero, zero, zero, zero, zero
@@ -746,10 +734,10 @@ _LARGEST_ROW = 2**31
 
 def can_run(call: Any) -> tuple[bool, str]:
     """Whether the Triton kernels can run ``call``; one sentence says why not."""
-    ok, reason = backends.triton_status()
+    x = call.x
+    ok, reason = backends.triton_status(x.device.index)
     if not ok:
         return False, reason
-    x = call.x
     if not x.is_cuda and not environment.interpreting():
         return False, f"x is on {x.device}; the Triton kernels need a CUDA tensor"
     if x.dtype not in _DTYPES:

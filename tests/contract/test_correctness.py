@@ -8,7 +8,9 @@ import pytest
 import torch
 from support.contract import (
     DEVICES,
+    RecordCalls,
     assert_three_way,
+    case_named,
     convert,
     cotangent,
     kernel_backends,
@@ -32,10 +34,6 @@ KERNELS = [
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 # Every dtype on the working layout, and every layout in one dtype.
 VARIANTS = [(dtype, "channels_last") for dtype in LOW_PRECISION] + [(torch.float32, "slice")]
-
-
-def case_named(name: str):
-    return next(case for case in OPERATORS["depthwise"].cases() if case.name == name)
 
 
 def forced(operator, backend, arguments, *, gradients=True):
@@ -188,10 +186,11 @@ class TestKernels:
                 arguments = self.arguments(operator, backend, device)
                 for name, tensor in named_tensors(arguments).items():
                     tensor.requires_grad_(name in subset)
-                with RecordNeeds() as needs:
+                with RecordCalls(operator.overloads[1:]) as recorded:
                     got = run(operator, arguments, backend)
                 asked = {"x": 0, "weight": 1, "norm.weight": 3, "norm.bias": 4}
-                assert needs.needs == [[index in {asked[name] for name in subset} for index in range(6)]]
+                needs = [list(call[-2]) for _, call in recorded.calls]
+                assert needs == [[index in {asked[name] for name in subset} for index in range(6)]]
                 for name in subset:
                     torch.testing.assert_close(got[f"grad {name}"], full[f"grad {name}"], rtol=0, atol=0)
 
@@ -321,19 +320,6 @@ class TestKernels:
         for _ in range(1000):
             again = run(operator, self.arguments(operator, backend, device), backend)
             assert all(torch.equal(again[name], value) for name, value in first.items())
-
-
-class RecordNeeds(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records which gradients each backward call of an operator is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.needs = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in [overload for operator in OPERATORS.values() for overload in operator.overloads[1:]]:
-            self.needs.append(list(args[-2]))
-        return function(*args, **(kwargs or {}))
 
 
 def test_one_value_per_channel_raises_as_torch_does():

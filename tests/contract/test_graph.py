@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.contract import DEVICES, kernel_backends, make, named_tensors, operator_cases, require, run
+from support.contract import (
+    DEVICES,
+    RecordCalls,
+    case_named,
+    kernel_backends,
+    make,
+    named_tensors,
+    operator_cases,
+    require,
+    run,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,23 +23,6 @@ from fused_ops.core import library
 
 OPERATOR = library.operators()["depthwise"]
 COMPILED_CASES = ("identity", "post_train_silu", "pre_train", "post_eval_relu6")
-
-
-def case_named(name):
-    return next(case for case in OPERATOR.cases() if case.name == name)
-
-
-class Arguments(torch.utils._python_dispatch.TorchDispatchMode):
-    """Collects the calls of one torch operator."""
-
-    def __init__(self, overloads):
-        super().__init__()
-        self.overloads, self.calls = overloads, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in self.overloads:
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +102,7 @@ def test_opcheck(name, layout):
     """G3: schema, fake and autograd registration of the torch operators, on the calls that a case makes."""
     require("triton", "cpu")
     arguments = make(case_named(name), torch.float32, layout)
-    with Arguments(OPERATOR.overloads) as recorded, fused_ops.backend("triton"):
+    with RecordCalls(OPERATOR.overloads) as recorded, fused_ops.backend("triton"):
         out = OPERATOR.function(**arguments)
         leaves = [tensor for tensor in named_tensors(arguments).values() if tensor.requires_grad]
         torch.autograd.grad(out.sum(), leaves, allow_unused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.contract import require
+from support.contract import case_named, require
 
 from fused_ops.bench.traffic import count_triton, operator_traffic
 from fused_ops.core import library
@@ -39,7 +39,7 @@ def copy_kernel(source, target, BLOCK: tl.constexpr):
 def test_counted_bytes(backend, name, directions, request):
     require(backend, "cpu", request)
     operator = library.operators()["depthwise"]
-    case = next(case for case in operator.cases() if case.name == f"traffic_{name}")
+    case = case_named(f"traffic_{name}")
     rows = operator_traffic(
         operator,
         backend,
