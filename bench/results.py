@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_ops.core import environment
+from fused_ops.core.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -162,20 +162,11 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the file at once: whoever reads it sees the old rows or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows([_to_text(getattr(row, name)) for name in COLUMNS] for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        # Temporary files are readable by their owner alone.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_to_text(getattr(row, name)) for name in COLUMNS] for row in rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -9,11 +9,9 @@ full before the first value is copied.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import pickle
-import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
+from fused_ops.core.files import write_atomically
 from fused_ops.models.layouts import PADDLE_STATISTICS
 from fused_ops.models.registry import system_of
 
@@ -115,8 +114,7 @@ def official_state_dict(model: nn.Module, framework: str = "pytorch") -> dict[st
 def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's state as safetensors, with model name, number of classes and package version.
 
-    The file appears under ``path`` complete or not at all: it is written next to it, flushed to the disk and
-    renamed.
+    The file appears under ``path`` complete or not at all.
     """
     model = _unwrap(model)
     path = Path(path)
@@ -127,28 +125,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "fused_ops_version": fused_ops.__version__,
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last through a power cut, where the system lets one open folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

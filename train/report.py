@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoint import write_atomically
+from fused_ops.core.files import write_atomically
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
