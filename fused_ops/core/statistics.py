@@ -14,12 +14,13 @@ def merge_moments_kernel(
     m2_ptr,
     out_mean_ptr,
     out_var_ptr,
+    out_unbiased_ptr,
     parts,
     channels,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(count (P), mean (P, C), M2 (P, C)) of P disjoint sets -> mean and biased variance of their union (C).
+    """(count (P), mean (P, C), M2 (P, C)) of P disjoint sets -> their union's mean and two variances (C).
 
     One program: BLOCK_C channels, P in chunks of BLOCK_P; each chunk in two passes over registers, chunks by
     Chan's formula. Never a difference of large sums, so a mean far above the spread does no harm.
@@ -51,6 +52,7 @@ def merge_moments_kernel(
         total = merged
     tl.store(out_mean_ptr + c, mean, mask=channel_ok)
     tl.store(out_var_ptr + c, m2 / total, mask=channel_ok)
+    tl.store(out_unbiased_ptr + c, m2 / (total - 1.0), mask=channel_ok)
 
 
 @jit
@@ -67,13 +69,15 @@ def sum_parts_kernel(part_ptr, out_ptr, parts, columns, BLOCK_P: tl.constexpr, B
     tl.store(out_ptr + k, total.to(out_ptr.dtype.element_ty), mask=column_ok)
 
 
-def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, out_mean: Tensor, out_var: Tensor) -> None:
-    """Mean and biased variance of a union of disjoint sets, in a fixed order.
+def merge_moments(
+    count: Tensor, mean: Tensor, m2: Tensor, out_mean: Tensor, out_var: Tensor, out_unbiased: Tensor
+) -> None:
+    """Mean and variance of a union of disjoint sets, in a fixed order.
 
     Args:
         count: (P) float32, all positive.
         mean, m2: (P, C) float32, each set's mean and sum of squared deviations from it.
-        out_mean, out_var: (C) float32, written.
+        out_mean, out_var, out_unbiased: (C) float32, written: mean, biased and unbiased variance.
     """
     parts, channels = mean.shape
     block_c = min(32, next_power_of_2(channels))
@@ -83,6 +87,7 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, out_mean: Tensor, out
         m2,
         out_mean,
         out_var,
+        out_unbiased,
         parts,
         channels,
         BLOCK_P=min(64, next_power_of_2(parts)),

@@ -59,12 +59,10 @@ def can_run(call: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def forward(
-    call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``call`` into ``out``; ``raw``, ``mean`` and ``var`` are outputs that nobody asked for."""
+def forward(call: Any, out: Tensor, *unasked: Tensor) -> tuple[Tensor, ...]:
+    """Run ``call`` into ``out``; the others are outputs that nobody asked for."""
     if call.x.shape[0] == 0:
-        return out, raw, mean, var
+        return out, *unasked
     if call.x.is_cuda:
         native.library().depthwise_forward(
             call.x,
@@ -85,7 +83,7 @@ def forward(
         )
     else:
         emulate_forward(call, out)
-    return out, raw, mean, var
+    return out, *unasked
 
 
 def _map_strides(tensor: Tensor | None) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_ops.core import library
+from fused_ops.core import distributed, library
 from fused_ops.core.backends import Backend, choose
 from fused_ops.depthwise import cuda, reference, triton
 from fused_ops.depthwise.cases import cases
@@ -27,6 +27,7 @@ class BatchNormState(NamedTuple):
         batch_stats: normalise with the batch's own statistics.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        group: name of the process group over which batch statistics are taken together, or "".
     """
 
     weight: Tensor | None
@@ -36,18 +37,21 @@ class BatchNormState(NamedTuple):
     batch_stats: bool
     momentum: float
     eps: float
+    group: str = ""
 
     @classmethod
-    def from_module(cls, norm: nn.BatchNorm2d) -> BatchNormState:
-        """State of ``norm`` for one forward pass, with the rules of ``torch.nn.BatchNorm2d.forward``.
+    def from_module(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNormState:
+        """State of ``norm`` for one forward pass, with the rules of its own ``forward``.
 
         Counts the batch in ``num_batches_tracked`` when in training, so call it once per forward.
 
         Raises:
-            TypeError: ``norm`` is not a BatchNorm2d, or synchronises over processes (not supported yet).
+            TypeError: ``norm`` is neither a BatchNorm2d nor a SyncBatchNorm.
         """
-        if isinstance(norm, nn.SyncBatchNorm) or not isinstance(norm, nn.BatchNorm2d):
-            raise TypeError(f"norm is a {type(norm).__name__}; it must be a torch.nn.BatchNorm2d")
+        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            raise TypeError(
+                f"norm is a {type(norm).__name__}; it must be a torch.nn.BatchNorm2d or SyncBatchNorm"
+            )
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -55,6 +59,7 @@ class BatchNormState(NamedTuple):
                 momentum = 1.0 / float(norm.num_batches_tracked)
         batch_stats = norm.training or (norm.running_mean is None and norm.running_var is None)
         tracked = not norm.training or norm.track_running_stats
+        synchronised = isinstance(norm, nn.SyncBatchNorm) and norm.training
         return cls(
             norm.weight,
             norm.bias,
@@ -63,6 +68,7 @@ class BatchNormState(NamedTuple):
             batch_stats,
             momentum,
             norm.eps,
+            distributed.group_name(norm.process_group) if synchronised else "",
         )
 
 
@@ -91,7 +97,9 @@ class DepthwiseCall:
     activation: str
     residual_mode: str
     identity: bool
+    group: str = ""
     keep_raw: bool = False
+    needs_raw: bool = False
     needs_grad: bool = False
 
     @property
@@ -107,6 +115,12 @@ class DepthwiseCall:
             )
         )
         return (self.x.shape[0], self.x.shape[1], height, width)
+
+    @property
+    def values_per_channel(self) -> int:
+        """How many values of a channel the norm sees in this process."""
+        batch, _, height, width = self.output_shape if self.norm == "post" else self.x.shape
+        return batch * height * width
 
     def __str__(self) -> str:
         kernel = "x".join(map(str, self.kernel_size))
@@ -160,6 +174,7 @@ def _checked_call(
     activation: str,
     residual: Tensor | None,
     residual_placement: str,
+    recompute: bool,
 ) -> DepthwiseCall:
     if x.dim() != 4:
         raise ValueError(f"x has {x.dim()} dimensions; it must be (B, C, H, W)")
@@ -215,6 +230,7 @@ def _checked_call(
         activation,
         "none" if residual is None else residual_placement,
         identity,
+        norm.group if batch_stats else "",
     )
     height, width = call.output_shape[2:]
     if height < 1 or width < 1:
@@ -231,25 +247,26 @@ def _checked_call(
             raise TypeError(
                 f"residual is {residual.dtype} on {residual.device}; it must be as x, {x.dtype} on {x.device}"
             )
-    if batch_stats:
+    if batch_stats and call.values_per_channel == 1 and not call.group:
         normalised = call.output_shape if norm_placement == "post" else tuple(x.shape)
-        if normalised[0] * normalised[2] * normalised[3] == 1:
-            # torch's own words, so that code that looks for them goes on working.
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {normalised}"
-            )
+        # torch's own words, so that code that looks for them goes on working.
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {normalised}")
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
         for tensor in (x, weight, bias, call.norm_weight, call.norm_bias, residual)
     )
     call.needs_grad = needs_grad
-    norm_grad = norm_placement == "post" and any(
+    norm_grad = any(
         tensor is not None and tensor.requires_grad for tensor in (call.norm_weight, call.norm_bias)
     )
-    call.keep_raw = needs_grad and (
-        activation != "none" or (norm is not None and norm_placement == "post" and (batch_stats or norm_grad))
-    )
+    call.needs_raw = needs_grad and _backward_reads_raw(call.norm, batch_stats, activation, norm_grad)
+    call.keep_raw = call.needs_raw and not recompute
     return call
+
+
+def _backward_reads_raw(norm: str, batch_stats: bool, activation: str, norm_grad: bool) -> bool:
+    """Whether the backward pass needs the convolution's own output."""
+    return activation != "none" or (norm == "post" and (batch_stats or norm_grad))
 
 
 def depthwise_conv(
@@ -265,6 +282,7 @@ def depthwise_conv(
     activation: str = "none",
     residual: Tensor | None = None,
     residual_placement: str = "after",
+    recompute: bool = False,
 ) -> Tensor:
     """Depthwise convolution fused with BatchNorm, activation and residual.
 
@@ -284,6 +302,7 @@ def depthwise_conv(
             updated in place when it uses the batch's.
         activation: none, relu, relu6, silu, gelu (exact), gelu_tanh or hardswish.
         residual: (B, C, Ho, Wo) in the dtype of ``x``, or None.
+        recompute: keep nothing of the size of the output for backward, which then convolves once more.
 
     Returns:
         (B, C, Ho, Wo) in the dtype of ``x`` (under autocast, in its dtype) and the memory format of ``x``.
@@ -315,6 +334,7 @@ def depthwise_conv(
                 activation=activation,
                 residual=residual,
                 residual_placement=residual_placement,
+                recompute=recompute,
             )
     call = _checked_call(
         x,
@@ -328,11 +348,12 @@ def depthwise_conv(
         activation,
         residual,
         residual_placement,
+        recompute,
     )
     backend = choose("depthwise", BACKENDS, call)
     if backend.name == "reference":
         return _reference(call, norm)
-    out, _, mean, var = FORWARD(
+    out, _, mean, _, unbiased = FORWARD(
         call.x,
         call.weight,
         call.bias,
@@ -350,18 +371,17 @@ def depthwise_conv(
         call.activation,
         call.residual_mode,
         call.identity,
+        call.group,
         call.keep_raw,
         backend.name,
     )
     if call.batch_stats and norm.running_mean is not None:
-        shape = call.output_shape if call.norm == "post" else call.x.shape
-        _update_running(norm, mean, var, shape[0] * shape[2] * shape[3])
+        _update_running(norm, mean, unbiased)
     return out
 
 
-def _update_running(norm: BatchNormState, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running(norm: BatchNormState, mean: Tensor, unbiased: Tensor) -> None:
     with torch.no_grad():
-        unbiased = var * (count / (count - 1))
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
@@ -385,17 +405,18 @@ def _reference(call: DepthwiseCall, norm: BatchNormState | None) -> Tensor:
         eps=call.eps,
         activation=call.activation,
         residual_mode=call.residual_mode,
+        group=call.group,
     )
 
 
 _OPTIONS = (
     "int[2] stride, int[2] padding, int[2] dilation, str norm, bool batch_stats, float eps, "
-    "str activation, str residual_mode, bool identity"
+    "str activation, str residual_mode, bool identity, str group"
 )
 _FORWARD_SCHEMA = (
     "depthwise_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     f"Tensor? mean, Tensor? var, Tensor? residual, {_OPTIONS}, bool keep_raw, str backend) "
-    "-> (Tensor out, Tensor raw, Tensor batch_mean, Tensor batch_var)"
+    "-> (Tensor out, Tensor raw, Tensor batch_mean, Tensor batch_var, Tensor unbiased_var)"
 )
 _BACKWARD_SCHEMA = (
     "depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -438,13 +459,12 @@ def _call_of(
     )
 
 
-def allocate_forward(call: DepthwiseCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of the forward operator: out, raw (absent unless kept), batch mean and variance."""
+def allocate_forward(call: DepthwiseCall) -> tuple[Tensor, ...]:
+    """Outputs of the forward operator: out, raw (absent unless kept), batch mean, biased, unbiased variance."""
     out = library.empty(call.output_shape, call.x)
     raw = library.empty(call.output_shape, call.x) if call.keep_raw else library.absent(call.x)
     count = call.x.shape[1] if call.batch_stats else 0
-    mean, var = (call.x.new_empty(count, dtype=_statistics_dtype(call.x)) for _ in range(2))
-    return out, raw, mean, var
+    return out, raw, *(call.x.new_empty(count, dtype=_statistics_dtype(call.x)) for _ in range(3))
 
 
 def allocate_backward(call: DepthwiseCall, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -489,7 +509,7 @@ def _backward_fake(grad, x, weight, bias, norm_weight, norm_bias, mean, var, res
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, norm_weight, norm_bias, mean, var, residual, *options, keep_raw, backend = inputs
-    _, raw, batch_mean, batch_var = output
+    _, raw, batch_mean, batch_var, unbiased = output
     ctx.options = tuple(options)
     ctx.backend = backend
     batch_stats = options[4]
@@ -507,7 +527,7 @@ def _setup_context(ctx, inputs, output) -> None:
         residual if needs_residual else None,
         raw if keep_raw else None,
     )
-    ctx.mark_non_differentiable(raw, batch_mean, batch_var)
+    ctx.mark_non_differentiable(raw, batch_mean, batch_var, unbiased)
     ctx.set_materialize_grads(False)
 
 
@@ -516,13 +536,17 @@ def _autograd(ctx, grad, *_):
     needed = ctx.needs_input_grad
     needs = [needed[index] for index in (0, 1, 2, 3, 4, 7)]
     if grad is None:
-        return (None,) * 19
+        return (None,) * 20
     if torch.is_grad_enabled():
         gradients = _differentiable_backward(ctx, grad, needs)
     else:
         # The residual's own gradient is the incoming one when it is added last: nothing to compute.
         passes_through = ctx.has_residual and (ctx.options[7] == "after" or ctx.options[6] == "none")
         compute = [*needs[:5], needs[5] and not passes_through]
+        if raw is None and _backward_reads_raw(
+            ctx.options[3], ctx.options[4], ctx.options[6], needs[3] or needs[4]
+        ):
+            raw = _convolve_again(ctx)
         gradients = BACKWARD(
             grad,
             x,
@@ -541,13 +565,25 @@ def _autograd(ctx, grad, *_):
         gradients = [gradient if need else None for gradient, need in zip(gradients, compute, strict=True)]
         if needs[5] and passes_through:
             gradients[5] = grad
-    return (*gradients[:5], None, None, gradients[5], *(None,) * 11)
+    return (*gradients[:5], None, None, gradients[5], *(None,) * 12)
+
+
+def _convolve_again(ctx) -> Tensor:
+    """The convolution's own output, with the statistics that the forward pass normalised with."""
+    x, weight, bias, norm_weight, norm_bias, mean, var, _, _ = ctx.saved_tensors
+    stride, padding, dilation, norm, _, eps, *_ = ctx.options
+    norm = "none" if norm == "post" else norm
+    options = (stride, padding, dilation, norm, False, eps, "none", "none", False, "")
+    affine = (norm_weight, norm_bias, mean, var) if norm == "pre" else (None,) * 4
+    return FORWARD(x, weight, bias, *affine, None, *options, False, ctx.backend)[0]
 
 
 def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """Gradients with a graph of their own, for second derivatives: through the reference."""
     x, weight, bias, norm_weight, norm_bias, mean, var, residual, _ = ctx.saved_tensors
-    stride, padding, dilation, norm, batch_stats, eps, activation, residual_mode, identity = ctx.options
+    stride, padding, dilation, norm, batch_stats, eps, activation, residual_mode, identity, group = (
+        ctx.options
+    )
     if ctx.has_residual and residual is None:
         # Added last, so its value plays no part in any other gradient.
         residual_mode = "none"
@@ -568,6 +604,7 @@ def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tenso
         eps=eps,
         activation=activation,
         residual_mode=residual_mode,
+        group=group,
     )
     inputs = (x, weight, bias, norm_weight, norm_bias, residual)
     wanted = [index for index, need in enumerate(needs) if need and inputs[index] is not None]
@@ -630,8 +667,8 @@ def least_bytes(call: DepthwiseCall, direction: str) -> int:
     # Whether the activation's derivative needs the sum with a residual that lies in memory of its own.
     before = call.residual_mode == "before" and call.activation != "none"
     total = out + 2 * x
-    if call.keep_raw:
-        total += out
+    if call.needs_raw:
+        total += out if call.keep_raw else x + 2 * out
     if before and separate:
         total += 2 * out
     if batch_post:

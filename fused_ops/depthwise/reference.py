@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.core.distributed import synchronised_batch_norm
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -40,6 +42,7 @@ def depthwise(
     eps: float = 1e-5,
     activation: str = "none",
     residual_mode: str = "none",
+    group: str = "",
 ) -> Tensor:
     """``act(norm(conv(norm(x)))) + residual`` with at most one of the two norms.
 
@@ -53,6 +56,7 @@ def depthwise(
         norm_weight, norm_bias: affine parameters of the norm (C), or None.
         mean, var: running statistics (C). With ``batch_stats`` they are updated in place with ``momentum``
             (``var`` with the unbiased variance) and may be None; without, they normalise.
+        group: name of the process group over which batch statistics are taken together, or "".
 
     Returns:
         (B, C, Ho, Wo) in the dtype of ``x``.
@@ -62,6 +66,8 @@ def depthwise(
     """
 
     def batch_norm(value: Tensor) -> Tensor:
+        if group:
+            return synchronised_batch_norm(value, mean, var, norm_weight, norm_bias, momentum, eps, group)
         return F.batch_norm(value, mean, var, norm_weight, norm_bias, batch_stats, momentum, eps)
 
     value = batch_norm(x) if norm == "pre" else x

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.core import backends, environment, library
+from fused_ops.core import backends, distributed, environment, library
 from fused_ops.core.activations import activate, activation_gradient
 from fused_ops.core.statistics import merge_moments, sum_parts
 from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
@@ -813,13 +813,24 @@ def _moments_buffers(geometry: _Geometry, x: Tensor) -> tuple[Tensor, Tensor, Te
     return geometry.partial(x), geometry.partial(x, channels), geometry.partial(x, channels)
 
 
-def forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-    """Launch the forward kernels of a call that :func:`can_run`; fills and returns the given outputs."""
+def forward(
+    call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor
+) -> tuple[Tensor, ...]:
+    """Launch the forward kernels of a call that :func:`can_run`; fills and returns the given outputs.
+
+    Args:
+        call: the checked call.
+        out: result (B, C, Ho, Wo).
+        raw: the convolution's own output, written where ``call.keep_raw``.
+        mean, var, unbiased: (C) float32, the batch's statistics (biased and unbiased variance) over the
+            process group, written where ``call.batch_stats``.
+    """
     with _device_of(call.x):
-        return _forward(call, out, raw, mean, var)
+        _forward(call, out, raw, mean, var, unbiased)
+    return out, raw, mean, var, unbiased
 
 
-def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor) -> None:
     geometry = _Geometry.of(call)
     x, x_strides = _rows(call.x)
     residual, residual_strides = _rows(call.residual)
@@ -828,7 +839,7 @@ def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor) -> 
     if call.norm == "pre" and call.batch_stats:
         moments = _moments_buffers(geometry, x)
         moments_kernel[geometry.grid](x, *moments, *geometry.sizes, *x_strides, **geometry.meta)
-        merge_moments(*moments, mean, var)
+        _merge(call, moments, mean, var, unbiased)
     if batch_post:
         work = raw if call.keep_raw else torch.empty_like(out)
         moments = _moments_buffers(geometry, x)
@@ -859,7 +870,7 @@ def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor) -> 
         **geometry.meta,
     )
     if batch_post:
-        merge_moments(*moments, mean, var)
+        _merge(call, moments, mean, var, unbiased)
         added, added_strides = (x, x_strides) if call.identity else (residual, residual_strides)
         normalise_kernel[geometry.grid](
             work,
@@ -877,7 +888,12 @@ def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor) -> 
             RESIDUAL=call.residual_mode,
             **geometry.meta,
         )
-    return out, raw, mean, var
+
+
+def _merge(call: Any, moments: tuple[Tensor, ...], mean: Tensor, var: Tensor, unbiased: Tensor) -> None:
+    merge_moments(*moments, mean, var, unbiased)
+    if call.group:
+        distributed.exchange_moments(mean, var, unbiased, call.values_per_channel, call.group)
 
 
 def backward(
@@ -910,8 +926,7 @@ def _backward(
     if add_residual:
         added, added_strides = (x, x_strides) if call.identity else _rows(call.residual)
     channels = x.shape[1]
-    inverse_count = 1.0 / (x.numel() // channels)
-    need_norm = need_norm_weight or need_norm_bias
+    inverse_count = 1.0 / call.values_per_channel
     sums = None
     if call.norm == "post" and call.batch_stats:
         sums = torch.empty((2, channels), dtype=torch.float32, device=x.device)
@@ -935,8 +950,15 @@ def _backward(
             **geometry.meta,
         )
         sum_parts(parts, sums)
+        if need_norm_weight:
+            norm_weight_grad.copy_(sums[1])
+        if need_norm_bias:
+            norm_bias_grad.copy_(sums[0])
+        if call.group:
+            distributed.exchange_sums(sums, call.values_per_channel, call.group)
+        need_norm_weight = need_norm_bias = False
     batch_pre = call.norm == "pre" and call.batch_stats
-    sums_in_pass = need_norm and sums is None
+    sums_in_pass = (need_norm_weight or need_norm_bias) and sums is None
     if need_x or need_weight or need_bias or need_residual or sums_in_pass:
         weight_parts = geometry.partial(x, channels, 9) if need_weight else None
         bias_parts = geometry.partial(x, channels) if need_bias else None
@@ -981,6 +1003,12 @@ def _backward(
         if norm_parts is not None:
             sums = torch.empty((2, channels), dtype=torch.float32, device=x.device)
             sum_parts(norm_parts, sums)
+            if need_norm_weight:
+                norm_weight_grad.copy_(sums[1])
+            if need_norm_bias:
+                norm_bias_grad.copy_(sums[0])
+            if call.group:
+                distributed.exchange_sums(sums, call.values_per_channel, call.group)
         if batch_pre and need_x:
             pre_norm_finish_kernel[geometry.grid](
                 x_grad,
@@ -996,10 +1024,6 @@ def _backward(
                 inverse_count,
                 **geometry.meta,
             )
-    if need_norm_weight:
-        norm_weight_grad.copy_(sums[1])
-    if need_norm_bias:
-        norm_bias_grad.copy_(sums[0])
 
 
 def _device_of(x: Tensor) -> Any:
