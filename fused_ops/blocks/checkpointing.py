@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +36,17 @@ def preserve_running_statistics(module: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
-def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)``, keeping only ``x`` for the backward pass.
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
+    """``block(*inputs)``, keeping only the inputs for the backward pass.
 
     Outputs, gradients, random draws and running statistics are those of the plain call. A compiled graph
     recomputes without side effects, so there the plain checkpoint is enough.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(block, x, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False)
     return checkpoint(
         block,
-        x,
+        *inputs,
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), preserve_running_statistics(block)),
     )

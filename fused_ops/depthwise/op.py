@@ -460,7 +460,7 @@ def _call_of(
 
 
 def allocate_forward(call: DepthwiseCall) -> tuple[Tensor, ...]:
-    """Outputs of the forward operator: out, raw (absent unless kept), batch mean, biased, unbiased variance."""
+    """Outputs of the forward operator: out, raw (absent unless kept), batch mean, var, unbiased var."""
     out = library.empty(call.output_shape, call.x)
     raw = library.empty(call.output_shape, call.x) if call.keep_raw else library.absent(call.x)
     count = call.x.shape[1] if call.batch_stats else 0

@@ -169,12 +169,12 @@ class DSBlock(nn.Module):
     def _local(self, x: Tensor) -> Tensor:
         """l1 = l0 + DW3x3(BN(l0)) of a channel slice (B, num_local, H, W)."""
         norm = self.norm_conv1
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             state = BatchNormState.from_module(norm)
             return depthwise_conv(
                 x, self.conv.weight, self.conv.bias, padding=1, norm=state, norm_placement="pre", residual=x
             )
-        # A converter (SyncBatchNorm, a frozen norm) has put another layer here.
+        # A converter (to a frozen norm) has put another layer here.
         return depthwise_conv(norm(x), self.conv.weight, self.conv.bias, padding=1, residual=x)
 
     def _global(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
