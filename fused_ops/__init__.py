@@ -3,7 +3,7 @@
 from fused_ops.blocks import DSBlock
 from fused_ops.core.backends import BackendUnavailableError, backend
 from fused_ops.core.explain import explain
-from fused_ops.depthwise import BatchNormState, DepthwiseConvBNAct, depthwise_conv
+from fused_ops.depthwise import BatchNormState, DepthwiseConv2d, DepthwiseConvBNAct, depthwise_conv, fold
 
 __version__ = "0.1.0"
 
@@ -11,8 +11,10 @@ __all__ = [
     "BackendUnavailableError",
     "BatchNormState",
     "DSBlock",
+    "DepthwiseConv2d",
     "DepthwiseConvBNAct",
     "backend",
     "depthwise_conv",
     "explain",
+    "fold",
 ]

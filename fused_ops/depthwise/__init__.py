@@ -1,6 +1,6 @@
 """Depthwise convolution fused with BatchNorm, activation and residual."""
 
-from fused_ops.depthwise.module import DepthwiseConvBNAct
+from fused_ops.depthwise.module import DepthwiseConv2d, DepthwiseConvBNAct, fold
 from fused_ops.depthwise.op import BatchNormState, depthwise_conv
 
-__all__ = ["BatchNormState", "DepthwiseConvBNAct", "depthwise_conv"]
+__all__ = ["BatchNormState", "DepthwiseConv2d", "DepthwiseConvBNAct", "depthwise_conv", "fold"]

@@ -232,3 +232,130 @@ def test_activation_checkpointing():
         checkpoint(module, x, use_reentrant=False).sum().backward()
     for (name, want), got in zip(stock.state_dict().items(), fused.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"kernel_size": 5, "dilation": 2, "bias": False}], ids=str
+)
+def test_convolution_alone_equals_stock(options):
+    """D1, D2: DepthwiseConv2d has the parameters of the stock convolution, initial values included."""
+    kernel, dilation = options.get("kernel_size", 3), options.get("dilation", 1)
+    stock_options = {**options, "kernel_size": kernel, "padding": dilation * (kernel // 2)}
+    torch.manual_seed(3)
+    stock = nn.Conv2d(8, 8, groups=8, **stock_options).double()
+    torch.manual_seed(3)
+    fused = fused_ops.DepthwiseConv2d(8, **options).double()
+    assert isinstance(fused, nn.Conv2d)
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    for twin in (fused, fused_ops.DepthwiseConv2d.from_stock(stock)):
+        torch.testing.assert_close(twin(image()), stock(image()), rtol=0, atol=1e-12)
+
+
+def test_positional_convolution():
+    fused = fused_ops.DepthwiseConv2d(8, identity=True).double()
+    x = image()
+    want = x + nn.functional.conv2d(x, fused.weight, fused.bias, padding=1, groups=8)
+    torch.testing.assert_close(fused(x), want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="residual is given, and identity=True"):
+        fused(x, residual=x)
+
+
+def test_norm_before_the_convolution():
+    fused = fused_ops.DepthwiseConvBNAct(8, norm_placement="pre", identity=True).double()
+    x = image()
+    bn = copy.deepcopy(fused.bn)
+    want = x + nn.functional.conv2d(bn(x), fused.conv.weight, padding=1, groups=8)
+    torch.testing.assert_close(fused(x), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fused.bn.running_var, bn.running_var)
+    with pytest.raises(ValueError, match="norm_placement='middle'"):
+        fused_ops.DepthwiseConvBNAct(8, norm_placement="middle")
+
+
+def test_from_stock_shares_the_modules():
+    stock, _ = pair("relu")
+    fused = fused_ops.DepthwiseConvBNAct.from_stock(stock.conv, stock.bn, "relu")
+    assert fused.conv is stock.conv
+    assert fused.bn is stock.bn
+    torch.testing.assert_close(fused.eval()(image()), stock.eval()(image()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("conv", "message"),
+    [
+        (nn.Linear(4, 4), "conv is a Linear"),
+        (nn.Conv2d(8, 8, 3), "8 input and 8 output channels in 1 groups"),
+        (nn.Conv2d(8, 16, 3, groups=8), "8 input and 16 output channels"),
+        (nn.Conv2d(8, 8, 2, groups=8), r"kernel_size=\(2, 2\); sizes must be odd"),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="reflect"), "padding_mode='reflect'"),
+    ],
+)
+def test_other_convolutions_are_refused(conv, message):
+    for make in (fused_ops.DepthwiseConv2d.from_stock, fused_ops.DepthwiseConvBNAct.from_stock):
+        with pytest.raises(ValueError, match=message):
+            make(conv, *(() if make.__self__ is fused_ops.DepthwiseConv2d else (nn.BatchNorm2d(8),)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "silu", "bias": True},
+        {"stride": 2, "kernel_size": 5},
+        {"affine": False, "activation": "relu", "residual_placement": "before", "identity": True},
+        {"norm_placement": "pre", "padding": 0},
+        {"norm_placement": "pre", "identity": True},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_folding_makes_a_new_module(options):
+    """D3: the same outputs in evaluation, no norm where it can go, and the live model trains on."""
+    torch.manual_seed(1)
+    live = nn.Sequential(fused_ops.DepthwiseConvBNAct(8, **options), nn.Conv2d(8, 4, 1)).double()
+    for _ in range(3):
+        live(image() * 2 + 1)
+    before = copy.deepcopy(live.state_dict())
+    folded = fused_ops.fold(live)
+    foldable = options.get("track_running_stats", True) and not (
+        options.get("norm_placement") == "pre" and options.get("padding") != 0
+    )
+    assert isinstance(folded[0], fused_ops.DepthwiseConv2d) is foldable
+    assert not folded.training
+    assert live.training
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image()), live.eval()(image()), rtol=1e-10, atol=1e-10)
+        for parameter in folded.parameters():
+            parameter.zero_()
+    live.train()(image()).sum().backward()
+    assert live[0].conv.weight.grad is not None
+    for name, value in before.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(live.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("placement", ["post", "pre"])
+def test_recomputing_saves_memory_and_changes_nothing(placement, backend):
+    """P4: nothing of the output's size is kept but the input, and the gradients are the same."""
+    dtype = backends_and_dtype(backend)
+    results, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(2)
+        fused = fused_ops.DepthwiseConvBNAct(
+            8, activation="silu", norm_placement=placement, recompute=recompute
+        ).to(dtype)
+        x = image(dtype).requires_grad_()
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with fused_ops.backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = fused(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(parameter.grad for parameter in fused.parameters())])
+        kept.append(len({tensor.data_ptr() for tensor in saved if tensor.numel() == x.numel()}))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    if backend != "reference":
+        assert kept == [2, 1]
