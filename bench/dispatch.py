@@ -7,7 +7,6 @@ python -m fused_ops.bench.dispatch --check     # say whether the committed table
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_ops.bench import results
 from fused_ops.bench.limits import kernels_chosen, without_batch_statistics
 from fused_ops.bench.providers import ALL
 from fused_ops.bench.results import Row
-from fused_ops.core import library
+from fused_ops.core import dispatch, library
 
 ALTERNATIVES = frozenset(provider.name for provider in ALL if provider.alternative)
 KERNELS = ("triton", "cuda")
@@ -40,26 +38,14 @@ def correct(row: Row) -> bool:
 
 
 def conditions(operator: library.Operator, case: Any, mode: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What of the case's call the table's entry holds for, in JSON types: sizes, options, dtype, training.
-
-    Read off the operator's own checked call, so that a choice at run time can compare the same fields.
-    """
+    """Kind and sizes of the case's checked call, as a choice at run time compares them."""
     chosen: list[tuple[str, Any, str]] = []
     training = mode == "both"
     with FakeTensorMode(), kernels_chosen(chosen), torch.set_grad_enabled(training):
-        arguments = case.make(torch.Generator(), dtype, torch.device("cpu"), "channels_last")
+        arguments = case.make(torch.Generator(), dtype, torch.device("cpu"), case.layout)
         operator.function(**(arguments if training else without_batch_statistics(arguments)))
     call = chosen[0][1]
-    found: dict[str, Any] = {"training": training, "dtype": str(dtype).removeprefix("torch.")}
-    for field in dataclasses.fields(call):
-        value = getattr(call, field.name)
-        if field.name in ("x", "weight"):
-            found[f"{field.name}_shape"] = list(value.shape)
-        elif isinstance(value, (bool, str, tuple)) and field.name not in ("keep_raw", "needs_grad"):
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-        elif field.name == "bias":
-            found["bias"] = isinstance(value, Tensor)
-    return found
+    return {"kind": call.kind(), "sizes": list(call.sizes())}
 
 
 def best(rows: Sequence[Row]) -> tuple[str, float] | None:
@@ -109,11 +95,6 @@ def dispatch_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def table_path() -> Path:
-    """Where the committed table is: ``fused_ops/configs/dispatch.json``."""
-    return Path(library.__file__).resolve().parents[1] / "configs" / "dispatch.json"
-
-
 def to_text(table: Table) -> str:
     return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
@@ -131,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.results is not None and not options.results.is_dir():
             raise ValueError(f"--results={options.results} is not a folder of results")
         table = dispatch_table(results.all_rows(options.results))
-        path = options.out or table_path()
+        path = options.out or dispatch.PATH
         text = to_text(table)
         if options.check:
             same = path.is_file() and path.read_text() == text

@@ -330,7 +330,7 @@ def operator_work(operator: library.Operator, case: Any, dtype: torch.dtype) -> 
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         chosen: list[tuple[str, Any, str]] = []
         stack.enter_context(kernels_chosen(chosen))
-        arguments = case.make(torch.Generator(), dtype, torch.device("cpu"), "channels_last")
+        arguments = case.make(torch.Generator(), dtype, torch.device("cpu"), case.layout)
         for mode in ("eval", "forward"):
             chosen.clear()
             grad = mode == "forward"

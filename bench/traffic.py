@@ -204,7 +204,7 @@ def all_traffic(backend: str | None = None) -> list[dict[str, Any]]:
                         candidate.name,
                         case.name,
                         lambda case=case, generator=generator: case.make(
-                            generator, torch.bfloat16, torch.device("cpu"), "channels_last"
+                            generator, torch.bfloat16, torch.device("cpu"), case.layout
                         ),
                     )
     return rows

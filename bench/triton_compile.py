@@ -125,9 +125,7 @@ def specialisations(operator: library.Operator, dtype: torch.dtype) -> list[Spec
         for case in operator.cases():
             if "resources" not in case.tags:
                 continue
-            arguments = case.make(
-                torch.Generator().manual_seed(0), dtype, torch.device("cpu"), "channels_last"
-            )
+            arguments = case.make(torch.Generator().manual_seed(0), dtype, torch.device("cpu"), case.layout)
             out = operator.function(**arguments)
             out.backward(torch.zeros_like(out))
     return list(seen)

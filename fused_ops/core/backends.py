@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fused_ops.core import environment
+from fused_ops.core import dispatch, environment
 
 BACKENDS = ("reference", "triton", "cuda")
 
@@ -114,6 +114,9 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
         )
     rejected: dict[str, str] = {}
     chosen = None
+    measured = dispatch.preferred(operator, call) if requested == "auto" and call.x.is_cuda else None
+    if measured is not None:
+        backends = (*(b for b in backends if b.name == measured.backend), *backends)
     for candidate in backends:
         if requested != "auto" and candidate.name != requested:
             continue
@@ -133,6 +136,10 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
         )
     if _recorder is not None:
         reason = "requested" if requested != "auto" else "first in the order of auto that can run"
+        if measured is not None and chosen.name == measured.backend:
+            reason = f"measured fastest for {measured.case} ({measured.ratio:g} times the best alternative)"
+            if chosen.name == "reference":
+                reason = f"stock PyTorch was measured faster for {measured.case}"
         _recorder.append(
             Choice(
                 operator,
@@ -144,7 +151,13 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
                 str(call),
             )
         )
-    if requested == "auto" and chosen.name == "reference" and not torch.compiler.is_compiling():
+    by_measurement = measured is not None and measured.backend == "reference"
+    if (
+        requested == "auto"
+        and chosen.name == "reference"
+        and not by_measurement
+        and not torch.compiler.is_compiling()
+    ):
         _say_once(operator, call, rejected)
     return chosen
 

@@ -24,6 +24,7 @@ class Case:
             are counted, ``resources`` where the kernels launched are compiled for the register report.
         model: the real model that the shape comes from, and how often one step calls it.
         calls: calls per step of that model.
+        layout: that the model's maps have: ``channels_last`` or ``nchw``.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     tags: frozenset[str] = field(default_factory=frozenset)
     model: str = ""
     calls: int = 1
+    layout: str = "channels_last"
 
 
 LAYOUTS = ("channels_last", "nchw", "slice")

@@ -24,6 +24,7 @@ def _case(
     identity: bool = False,
     model: str = "",
     calls: int = 1,
+    layout: str = "channels_last",
     **options: Any,
 ) -> Case:
     """A case with random filters and, for ``norm`` pre or post, random affine parameters and statistics."""
@@ -72,7 +73,7 @@ def _case(
         return arguments
 
     tags = (*tags, "training") if training else tags
-    return Case(name, make, frozenset(tags), model, calls)
+    return Case(name, make, frozenset(tags), model, calls, layout)
 
 
 def _output_shape(
@@ -177,5 +178,85 @@ def cases() -> Sequence[Case]:
         )
         for branch, share, options in (("positional", 1, {}), ("local", 2, pre_train))
         for channels, size, depth in stages
+    ]
+    silu, relu, hardswish = ({**post_train, "activation": name} for name in ("silu", "relu", "hardswish"))
+    plain, bias_only = {}, {"bias": True}
+    # (channels, size, kernel, stride, calls, options), as timm's models call them at 224.
+    published = {
+        "efficientnet_b0": [
+            (32, 112, 3, 1, 1, silu),
+            (96, 112, 3, 2, 1, silu),
+            (144, 56, 3, 1, 1, silu),
+            (144, 56, 5, 2, 1, silu),
+            (240, 28, 5, 1, 1, silu),
+            (240, 28, 3, 2, 1, silu),
+            (480, 14, 3, 1, 2, silu),
+            (480, 14, 5, 1, 1, silu),
+            (672, 14, 5, 1, 2, silu),
+            (672, 14, 5, 2, 1, silu),
+            (1152, 7, 5, 1, 3, silu),
+            (1152, 7, 3, 1, 1, silu),
+        ],
+        "mobilenetv3_large_100": [
+            (16, 112, 3, 1, 1, relu),
+            (64, 112, 3, 2, 1, relu),
+            (72, 56, 3, 1, 1, relu),
+            (72, 56, 5, 2, 1, relu),
+            (120, 28, 5, 1, 2, relu),
+            (240, 28, 3, 2, 1, hardswish),
+            (184, 14, 3, 1, 2, hardswish),
+            (672, 14, 5, 2, 1, hardswish),
+            (960, 7, 5, 1, 2, hardswish),
+        ],
+        "convnext_tiny": [
+            (96, 56, 7, 1, 3, bias_only),
+            (192, 28, 7, 1, 3, bias_only),
+            (384, 14, 7, 1, 9, bias_only),
+            (768, 7, 7, 1, 3, bias_only),
+        ],
+        "pvt_v2_b2": [
+            (channels, size, 3, 1, calls, {"bias": True, "activation": "gelu"})
+            for channels, size, calls in ((512, 56, 3), (1024, 28, 4), (1280, 14, 6), (2048, 7, 3))
+        ],
+        "focalnet_tiny_srf": [
+            (channels, size, kernel, 1, calls, {"activation": "gelu"})
+            for channels, size, calls in ((96, 56, 2), (192, 28, 2), (384, 14, 6), (768, 7, 2))
+            for kernel in (3, 5)
+        ],
+        # At 448: the stem, the two branches of the HR-blocks, the feed-forward layers, the down-sampling.
+        "hiri_vit_small": [
+            (32, 224, 3, 1, 1, {**post_train, "activation": "gelu"}),
+            (32, 112, 3, 1, 2, bias_only),
+            (32, 112, 3, 2, 2, post_train),
+            (64, 56, 3, 1, 2, bias_only),
+            (64, 56, 3, 2, 2, post_train),
+            (512, 28, 3, 1, 2, {"bias": True, **identity}),
+            (512, 28, 3, 2, 1, plain),
+            (1280, 14, 3, 1, 4, {"bias": True, **identity}),
+        ],
+    }
+    # Half the batch at 448, as such models are trained.
+    model += [
+        _case(
+            f"{name.split('_')[0]}_k{kernel}s{stride}_{channels}x{size}",
+            (64 if name.startswith("hiri") else 128, channels, size, size),
+            "model",
+            kernel=kernel,
+            model=name,
+            calls=calls,
+            **({"stride": stride, "padding": kernel // 2} if stride > 1 else {}),
+            **options,
+        )
+        for name, shapes in published.items()
+        for channels, size, kernel, stride, calls, options in shapes
+    ]
+    # Detection at 800 x 1344 (first stage, one fourth of that), and maps in PyTorch's default layout.
+    model += [
+        _case("detection_local_32x200x336", (2, 32, 200, 336), "model", bias=True, **pre_train, **identity),
+        _case("detection_k7_96x200x336", (2, 96, 200, 336), "model", kernel=7, bias=True),
+        _case("nchw_k3s1_144x56", (128, 144, 56, 56), "model", layout="nchw", **silu),
+        _case("nchw_k3s2_96x112", (128, 96, 112, 112), "model", layout="nchw", stride=2, padding=1, **silu),
+        _case("nchw_k5s1_672x14", (128, 672, 14, 14), "model", layout="nchw", kernel=5, **silu),
+        _case("nchw_k7s1_192x28", (128, 192, 28, 28), "model", layout="nchw", kernel=7, bias=True),
     ]
     return (*tiny, *general, *counted, *model)

@@ -122,6 +122,28 @@ class DepthwiseCall:
         batch, _, height, width = self.output_shape if self.norm == "post" else self.x.shape
         return batch * height * width
 
+    def kind(self) -> dict[str, Any]:
+        """What measurements of one call say about another depends on, apart from sizes."""
+        kernel, stride, dilation = (
+            "x".join(map(str, pair)) for pair in (self.kernel_size, self.stride, self.dilation)
+        )
+        residual = self.residual_mode if not self.identity else f"identity {self.residual_mode}"
+        return {
+            "training": self.needs_grad,
+            "dtype": str(self.x.dtype),
+            "channels_last": library.is_channels_last(self.x),
+            "kernel": kernel,
+            "stride": stride,
+            "dilation": dilation,
+            "norm": self.norm,
+            "batch_stats": self.batch_stats,
+            "residual": residual,
+        }
+
+    def sizes(self) -> tuple[int, ...]:
+        """Channels, height and width of the input."""
+        return tuple(self.x.shape[1:])
+
     def __str__(self) -> str:
         kernel = "x".join(map(str, self.kernel_size))
         layout = "channels_last" if library.is_channels_last(self.x) else "NCHW"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fused_ops
 from fused_ops.bench import dispatch, results
 from fused_ops.bench.results import Row
-from fused_ops.core import library
+from fused_ops.core import backends
+from fused_ops.core import dispatch as core_dispatch
+from fused_ops.core.dispatch import PATH, nearest
 
 CASE = "dsnet_local_32x56"
 BASE = Row(
@@ -31,8 +36,8 @@ def rows(times, **changes):
 
 def test_the_committed_table_is_what_the_committed_results_give():
     table = dispatch.dispatch_table(results.all_rows())
-    assert json.loads(dispatch.table_path().read_text()) == table
-    assert dispatch.table_path().read_text() == dispatch.to_text(table)
+    assert json.loads(PATH.read_text()) == table
+    assert PATH.read_text() == dispatch.to_text(table)
 
 
 def test_the_fastest_kernel_wins():
@@ -71,36 +76,72 @@ def test_table():
     table = dispatch.dispatch_table([*rows(times), *training, *cpu, *gone])
     assert list(table) == ["Made-up GPU"]
     both, evaluation = table["Made-up GPU"]["depthwise"]
-    assert (both["training"], both["batch_stats"], both["backend"], both["ratio"]) == (
-        True,
-        True,
-        "reference",
-        0.5,
-    )
-    assert evaluation | {"case": CASE} == evaluation
-    expected = {
-        "training": False,
-        "dtype": "bfloat16",
-        "x_shape": [128, 32, 56, 56],
-        "weight_shape": [32, 1, 3, 3],
-        "stride": [1, 1],
-        "norm": "pre",
-        "batch_stats": False,
-        "activation": "none",
-        "identity": True,
-        "bias": True,
+    assert (both["kind"]["training"], both["kind"]["batch_stats"]) == (True, True)
+    assert (both["backend"], both["ratio"]) == ("reference", 0.5)
+    assert evaluation == {
+        "kind": {
+            "training": False,
+            "dtype": "torch.bfloat16",
+            "channels_last": True,
+            "kernel": "3x3",
+            "stride": "1x1",
+            "dilation": "1x1",
+            "norm": "pre",
+            "batch_stats": False,
+            "residual": "identity after",
+        },
+        "sizes": [32, 56, 56],
+        "case": CASE,
         "backend": "triton",
         "ratio": 2.5,
     }
-    assert expected.items() <= evaluation.items()
     json.loads(dispatch.to_text(table))
 
 
-def test_conditions_of_every_model_case_differ():
-    operator = library.operators()["depthwise"]
-    cases = [case for case in operator.cases() if "model" in case.tags]
-    found = {json.dumps(dispatch.conditions(operator, case, "both", torch.bfloat16)) for case in cases}
-    assert len(found) == len(cases)
+def test_nearest_entry():
+    near, far = ((64, 56, 56), "cuda", 2.0, "near"), ((64, 14, 14), "triton", 2.0, "far")
+    assert nearest((64, 56, 56), (far, near)).case == "near"
+    assert nearest((96, 40, 60), (far, near)).case == "near"
+    assert nearest((40, 20, 28), (far, near)).case == "far"
+    assert nearest((64, 224, 224), (far, near)) is None
+    assert nearest((64, 56, 56), ()) is None
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A table for a made-up GPU, on which fake tensors lie and the Triton kernels can run."""
+    times = {"eager_nchw": 10.0, "triton": 20.0}
+    both = rows(times, mode="both")
+    table = dispatch.dispatch_table([*both, *rows({"eager_nchw": 20.0, "triton": 10.0})])
+    (tmp_path / "dispatch.json").write_text(dispatch.to_text(table))
+    monkeypatch.setattr(core_dispatch, "PATH", tmp_path / "dispatch.json")
+    monkeypatch.setattr(core_dispatch, "_gpu_name", lambda device: "Made-up GPU")
+    monkeypatch.setattr(backends, "triton_status", lambda device=None: (True, ""))
+    for cached in (core_dispatch._table, core_dispatch._entries):
+        cached.cache_clear()
+    yield
+    for cached in (core_dispatch._table, core_dispatch._entries):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("training", "size", "backend", "reason"),
+    [
+        (True, 56, "reference", f"stock PyTorch was measured faster for {CASE}"),
+        (False, 56, "triton", f"measured fastest for {CASE} (2 times the best alternative)"),
+        (True, 48, "reference", f"stock PyTorch was measured faster for {CASE}"),
+        (True, 8, "triton", "first in the order of auto that can run"),
+    ],
+)
+def test_auto_takes_what_was_measured_faster(measured, recwarn, training, size, backend, reason):
+    with FakeTensorMode(), torch.device("cuda"):
+        module = fused_ops.DepthwiseConvBNAct(32, bias=True, norm_placement="pre", identity=True)
+        x = torch.empty(4, 32, size, size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        with backends.record() as choices, torch.set_grad_enabled(training):
+            module.train(training)(x)
+    assert [(choice.backend, choice.reason) for choice in choices] == [(backend, reason)]
+    # The reference path by measurement is nothing to warn of.
+    assert not [warning for warning in recwarn if "runs on the reference path" in str(warning.message)]
 
 
 def test_command(tmp_path, capsys):
