@@ -56,6 +56,7 @@ models=("${bench[@]}" models --results "$out" --seconds)
 ops=("${bench[@]}" ops --results "$out" --seconds)
 stage step_dsnet_small 60 "${models[@]}" 110 --model dsnet_small --mode train --batch 128
 stage ops_depthwise 60 "${ops[@]}" 110 --op depthwise
+stage step_loader 30 "${models[@]}" 60 --model dsnet_small --batch 128 --loader digits --provider eager_channels_last auto
 stage step_dsnet_small_star 60 "${models[@]}" 110 --model dsnet_small_star --mode train --batch 128
 stage tests 60 "$PYTHON" -m pytest -q -m gpu tests
 stage step_batches 60 "${models[@]}" 200 --model dsnet_small --mode train --batch 64 256

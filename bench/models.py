@@ -1,6 +1,7 @@
 """``fused-ops bench models``: whole models, training steps and inference, every provider side by side.
 
-Data is synthetic and lies on the device; activations are bfloat16 under autocast; training uses AdamW, fused
+Data is synthetic and lies on the device, or with ``--loader`` comes through the loader, the augmentation and
+the input pipeline of ``fused-ops train``; activations are bfloat16 under autocast; training uses AdamW, fused
 on a GPU, for every provider. Times are of one step, so images/s is the batch over the median.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from fused_ops.bench.ops import (
 from fused_ops.bench.providers import NAMES, Provider, reason_of, select
 from fused_ops.bench.results import Row, Store
 from fused_ops.core import backends, library
+from fused_ops.core.files import write_atomically
 
 MODES = ("train", "infer")
 CPU_MODELS = ("dsnet_tiny",)
@@ -41,6 +45,7 @@ GPU_MODELS = (
     "dsnet_small",
     "dsnet_small_star",
     "dsnet_tiny",
+    "hiri_vit_small",
     "timm/efficientnet_b0",
     "timm/convnext_tiny",
     "timm/pvt_v2_b2",
@@ -171,6 +176,50 @@ def wrong_logits(error: float, eager_error: float) -> str:
     return "" if error <= allowed else f"logits: relative error {error:.2e} above {allowed:.2e}"
 
 
+Batches = Callable[[], tuple[Tensor, Tensor]]
+
+
+def loaded_batches(
+    data: str, model: nn.Module, shape: Sequence[int], batch: int, device: timing.Device
+) -> Batches:
+    """Endless training batches as ``fused-ops train`` makes them: decoded, augmented and mixed.
+
+    Args:
+        data: ``digits``, or a folder with ``train/CLASS/`` and ``val/CLASS/``.
+        model: whose mean and standard deviation the images are normalised with.
+        shape: (C, H, W) of an image; square.
+
+    Raises:
+        ValueError: the data set cannot be used; the message says why.
+    """
+    from fused_ops.train.data import open_data, training_loader
+    from fused_ops.train.distributed import World
+    from fused_ops.train.engine import InputPipeline
+    from fused_ops.train.settings import Settings, UsageError
+
+    where = torch.device("cpu" if device.is_cpu else "cuda")
+    settings = Settings(data=data, img_size=shape[1], batch_size=batch, device_batch=batch)
+    try:
+        source = open_data(settings).train
+        if source is None:
+            raise UsageError(f"--data {data}: there is nothing to load")
+        if len(source) < batch:
+            raise UsageError(f"--data {data}: {len(source)} images are fewer than the batch of {batch}")
+        loader, order = training_loader(settings, source, "bicubic", World(0, 1, where))
+    except UsageError as error:
+        raise ValueError(str(error).replace("--data ", "--loader=", 1)) from None
+    pipeline = InputPipeline(settings, model, CLASSES, where)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            for images, targets, _ in loader:
+                yield pipeline(images, targets, training=True)
+            order.epoch += 1
+
+    iterator = stream()
+    return lambda: next(iterator)
+
+
 def make_runner(
     provider: Provider,
     source: nn.Module,
@@ -179,8 +228,12 @@ def make_runner(
     labels: Tensor,
     device: timing.Device,
     graph: bool = False,
+    batches: Batches | None = None,
 ) -> Runner:
-    """The model, its optimizer and one step in the provider's layout; to be called on the device's stream."""
+    """The model, its optimizer and one step in the provider's layout; to be called on the device's stream.
+
+    ``batches`` makes the training data of every step; None takes ``images`` and ``labels`` again and again.
+    """
     module = copy.deepcopy(source).train(mode == "train")
     if provider.layout == "channels_last":
         module = module.to(memory_format=torch.channels_last)
@@ -208,9 +261,10 @@ def make_runner(
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=not device.is_cpu)
 
     def train() -> None:
+        mine, wanted = (images, labels) if batches is None else batches()
         optimizer.zero_grad(set_to_none=True)
         with _autocast(device):
-            loss = F.cross_entropy(forward(images).float(), labels)
+            loss = F.cross_entropy(forward(_to(mine, provider)).float(), wanted)
         loss.backward()
         optimizer.step()
 
@@ -366,6 +420,30 @@ def profile(runner: Runner, device: timing.Device, top: int = 12) -> Profile:
     return Profile(tuple((name, sum(times), len(times)) for name, times in ordered[:top]), total, covered)
 
 
+def write_profiles(path: Path, gpu: str, commit: str, profiles: Mapping[str, Profile]) -> None:
+    """Add kernel times to the JSON list at ``path``, in place of older ones of the same subject.
+
+    Rows: gpu, commit, subject (model, mode, case and provider), total_us and covered_us of one step, amdahl
+    (the line that says what can be gained), kernels (name, microseconds, launches; the longest first).
+    """
+    there = json.loads(path.read_text()) if path.is_file() else []
+    rows = [row for row in there if row["subject"] not in profiles]
+    for subject, found in profiles.items():
+        rows.append(
+            {
+                "gpu": gpu,
+                "commit": commit,
+                "subject": subject,
+                "total_us": found.total * 1e6,
+                "covered_us": found.covered * 1e6,
+                "amdahl": found.amdahl(),
+                "kernels": [[name, seconds * 1e6, count] for name, seconds, count in found.kernels],
+            }
+        )
+    text = json.dumps(sorted(rows, key=lambda row: row["subject"]), indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def print_profile(name: str, found: Profile) -> None:
     print(f"{name}: {found.total * 1e3:.2f} ms a step in kernels")
     lines = [
@@ -387,12 +465,14 @@ def measure_model(
     steps: Steps,
     deadline: timing.Deadline,
     profiles: dict[str, Profile] | None = None,
+    loader: str | None = None,
 ) -> list[Row]:
     """Rows of one model, mode and batch; a provider that cannot run has a row that says why.
 
     Args:
         wanted: names of providers, or None for all that apply.
         profiles: gets the kernel times of the eager and the automatic provider, or None for no profiling.
+        loader: data set that training steps load their images from, see :func:`loaded_batches`.
     """
     where = "cpu" if device.is_cpu else "cuda"
     rows: list[Row] = []
@@ -408,7 +488,7 @@ def measure_model(
             **machine.columns,
             "op": "",
             "model": name,
-            "case": case_name(batch, shape),
+            "case": case_name(batch, shape, loader),
             "mode": mode,
             "provider": "",
             "dtype": str(DTYPE).removeprefix("torch."),
@@ -435,7 +515,10 @@ def measure_model(
                     if failure:
                         rows.append(_without(template, provider, f"failed: {failure}"))
                         continue
-                    runner = make_runner(provider, source, mode, images, labels, device, graph)
+                    batches = loader and loaded_batches(loader, source, shape, batch, device)
+                    runner = make_runner(
+                        provider, source, mode, images, labels, device, graph, batches or None
+                    )
                     with provider.active():
                         runner.step()
                 runners.append(runner)
@@ -480,10 +563,11 @@ def measure_model(
     return rows
 
 
-def case_name(batch: int, shape: Sequence[int]) -> str:
-    """``b128_224`` or ``b8_800x1333``."""
+def case_name(batch: int, shape: Sequence[int], loader: str | None = None) -> str:
+    """``b128_224`` or ``b8_800x1333``, and ``b128_224_digits`` where images are loaded."""
     height, width = shape[1:]
-    return f"b{batch}_{height}" if height == width else f"b{batch}_{height}x{width}"
+    size = str(height) if height == width else f"{height}x{width}"
+    return "_".join([f"b{batch}", size, *([Path(loader).name] if loader else [])])
 
 
 def _without(template: Row, provider: Provider, note: str) -> Row:
@@ -544,6 +628,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", nargs="+", default=list(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--batch", type=int, nargs="+", help="images per step")
     parser.add_argument("--size", type=int, help="height and width (default: the model's own)")
+    parser.add_argument(
+        "--loader",
+        metavar="DATA",
+        help="load, augment and mix the images of this data set, `digits` or a folder with train/ and val/; "
+        "training only (default: random images that lie on the device)",
+    )
     parser.add_argument("--no-profile", action="store_true", help="no kernel-time table")
     add_common_arguments(parser)
     options = parser.parse_args(arguments)
@@ -551,6 +641,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_choices(parser, "provider", options.provider, NAMES)
     _at_least(parser, "batch", options.batch or (), 1)
     _at_least(parser, "size", [options.size], 1)
+    if options.loader and "train" not in options.mode:
+        parser.error(f"--loader={options.loader} needs --mode train")
     device = timing.default_device()
     seconds = budget_seconds(parser, options, device.is_cpu)
     try:
@@ -569,17 +661,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = measure_machine(device, results.machine_columns(device.name, options.commit), store.rows)
     commit = machine.columns["commit"]
     steps = CPU_STEPS if device.is_cpu else GPU_STEPS
-    profiles: dict[str, Profile] | None = None if options.no_profile or options.json else {}
+    # For scripts too, where they are kept beside the results.
+    wanted = not options.no_profile and (path is not None or not options.json)
+    profiles: dict[str, Profile] | None = {} if wanted else None
     rows: list[Row] = []
     skipped: list[str] = []
     # By mode: a training step takes many times as long as inference.
     last: dict[str, float] = {}
     shapes: dict[str, tuple[int, int, int]] = {}
-    for name, mode in ((name, mode) for name in names for mode in MODES if mode in options.mode):
+    modes = ["train"] if options.loader else [mode for mode in MODES if mode in options.mode]
+    for name, mode in ((name, mode) for name in names for mode in modes):
         if name not in shapes:
             shapes[name] = input_size(create(name), options.size)
         for batch in options.batch or (CPU_BATCHES if device.is_cpu else BATCHES)[mode]:
-            case = case_name(batch, shapes[name])
+            case = case_name(batch, shapes[name], options.loader)
             columns = {"gpu": device.name, "model": name, "case": case, "mode": mode}
             there = store.find(commit, **columns)
             known = {row.provider for row in there}
@@ -607,8 +702,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 steps,
                 deadline,
                 profiles,
+                options.loader,
             )
             store.add(found)
+            if path is not None and profiles:
+                write_profiles(path.with_name("profiles.json"), device.name, commit, profiles)
             rows += found
             release()
             last[mode] = device.now() - start

@@ -27,6 +27,7 @@ from typing import Any
 from fused_ops.bench import limits, results
 from fused_ops.bench.dispatch import ALTERNATIVES, CONDITIONS_MEASURED, correct
 from fused_ops.bench.results import Row
+from fused_ops.core import environment
 
 OURS = ("auto", "triton", "cuda")
 MODES = ("eval", "forward", "backward", "both", "infer", "train")
@@ -825,6 +826,7 @@ class Report:
         rows: latest measurements.
         predictions: from :func:`fused_ops.bench.limits.all_predictions`.
         traffic, resources, steps: rows of what is counted without a GPU; None where it was not asked for.
+        profiles: kernel times of model steps, as :func:`fused_ops.bench.models.write_profiles` has them.
     """
 
     rows: list[Row]
@@ -832,6 +834,7 @@ class Report:
     traffic: list[dict[str, Any]] | None = None
     resources: list[dict[str, Any]] | None = None
     steps: list[dict[str, Any]] | None = None
+    profiles: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
         groups = group_rows(self.rows)
@@ -852,7 +855,7 @@ class Report:
         if self.predictions:
             found["predicted"] = plot_predicted(self.predictions)
         for gpu in self.gpus:
-            slug = results.gpu_slug(gpu)
+            slug = environment.gpu_slug(gpu)
             groups = self.on(gpu)
             for subject in dict.fromkeys(group.subject for group in groups if group.is_op):
                 chosen = [group for group in groups if group.is_op and group.subject == subject]
@@ -871,7 +874,7 @@ class Report:
         if not self.gpus and self.predictions:
             for gpu in limits.GPUS:
                 if any(row["gpu"] == gpu.name for row in self.predictions):
-                    found[f"roofline-{results.gpu_slug(gpu.name)}"] = plot_roofline(gpu, self.predictions)
+                    found[f"roofline-{environment.gpu_slug(gpu.name)}"] = plot_roofline(gpu, self.predictions)
         main = next((name for name in found if name.endswith("-time")), "predicted")
         return ({"main": found[main]} if main in found else {}) | found
 
@@ -888,7 +891,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
     titles: list[tuple[str, str]] = []
 
     def section(title: str) -> None:
-        anchor = results.gpu_slug(title)
+        anchor = environment.gpu_slug(title)
         titles.append((anchor, title))
         parts.append(f'<h2 id="{anchor}">{html.escape(title)}</h2>')
 
@@ -913,7 +916,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         if not report.gpus:
             parts.append("<h3>Rooflines</h3>")
             for gpu in limits.GPUS:
-                image(f"roofline-{results.gpu_slug(gpu.name)}", f"Roofline of {gpu.name}, predicted")
+                image(f"roofline-{environment.gpu_slug(gpu.name)}", f"Roofline of {gpu.name}, predicted")
         parts += [
             "<details><summary>Datasheet figures and their sources</summary>",
             datasheet_table(),
@@ -967,7 +970,7 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
 
 def _gpu_section(report: Report, gpu: str, plots: Mapping[str, bytes]) -> list[str]:
     groups = report.on(gpu)
-    slug = results.gpu_slug(gpu)
+    slug = environment.gpu_slug(gpu)
     rows = [row for group in groups for row in group.rows.values()]
     facts = []
     for name in ("commit", "torch", "triton", "cuda", "cudnn", "driver"):
@@ -1010,6 +1013,8 @@ def _gpu_section(report: Report, gpu: str, plots: Mapping[str, bytes]) -> list[s
             parts.append(_image(plots[f"{slug}-models"], f"Images per second and memory on {gpu}"))
             parts.append(_matrix_share(chosen))
         parts.append(comparison_table(chosen, report.predicted))
+        if kind == "Models":
+            parts += [_profile(row) for row in report.profiles if row["gpu"] == gpu]
         if kind == "Operators":
             for subject in dict.fromkeys(group.subject for group in chosen):
                 for what in ("time", "bandwidth", "memory"):
@@ -1019,6 +1024,20 @@ def _gpu_section(report: Report, gpu: str, plots: Mapping[str, bytes]) -> list[s
     if f"{slug}-roofline" in plots:
         parts.append(_image(plots[f"{slug}-roofline"], f"Roofline of {gpu}"))
     return parts
+
+
+def _profile(row: Mapping[str, Any]) -> str:
+    """Where the time of one model step goes, with the line that says what can be gained."""
+    lines = [
+        ("", [Cell(name), _measured(spent), _measured(100 * spent / row["total_us"]), Cell(str(count), "n")])
+        for name, spent, count in row["kernels"]
+    ]
+    columns = [("kernel", ""), ("us", "n"), ("% of the step", "n"), ("launches", "n")]
+    title = f"Kernel times of {row['subject']}: {row['total_us'] / 1e3:.2f} ms a step"
+    return (
+        f"<details><summary>{html.escape(title)}</summary><p>{html.escape(row['amdahl'])}.</p>"
+        f"{_table(columns, lines)}</details>"
+    )
 
 
 def _matrix_share(groups: Sequence[Group]) -> str:
@@ -1184,6 +1203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name: _rows_of(folder, name, getattr(options, f"with_{name}"), options.models)
                 for name in ("traffic", "resources", "steps")
             },
+            profiles=[row for path in sorted(folder.glob("*/profiles.json")) for row in _read_json(path)],
         )
         plots = report.plots()
         out.mkdir(parents=True, exist_ok=True)

@@ -163,11 +163,66 @@ def format_table(rows: Sequence[Resources]) -> str:
     return "\n".join(text)
 
 
+def changes(before: Sequence[Resources], after: Sequence[Resources]) -> list[dict[str, Any]]:
+    """What differs between two reports: rows with op, backend, kernel, config, arch, before and after.
+
+    ``before`` or ``after`` is None where the kernel, or this choice of its compile-time arguments, is only in
+    the other report; otherwise (registers, spill_bytes, shared_bytes).
+    """
+    keys = ("op", "backend", "kernel", "config", "arch")
+    figures = ("registers", "spill_bytes", "shared_bytes")
+    tables = [
+        {
+            tuple(getattr(row, key) for key in keys): tuple(getattr(row, name) for name in figures)
+            for row in rows
+        }
+        for rows in (before, after)
+    ]
+    found = []
+    for key in dict.fromkeys((*tables[0], *tables[1])):
+        old, new = (table.get(key) for table in tables)
+        if old != new:
+            found.append({**dict(zip(keys, key, strict=True)), "before": old, "after": new})
+    return found
+
+
+def format_changes(rows: Sequence[dict[str, Any]]) -> str:
+    """The changes as aligned text: registers/spills/shared before and after."""
+    if not rows:
+        return "no kernel uses more or less than in the committed report"
+    header = list(rows[0])
+
+    def cell(value: Any) -> str:
+        if isinstance(value, tuple):
+            return "{} registers, {} spilled, {} shared".format(*value)
+        return "-" if value is None else str(value)
+
+    lines = [header, *([cell(row[key]) for key in header] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def committed(backend: str | None, archs: Sequence[str] | None, path: Path | None = None) -> list[Resources]:
+    """The rows of the committed report, ``bench/results/resources.json``, for these kernels."""
+    from fused_ops.bench.results import results_root
+
+    path = path or results_root() / "resources.json"
+    rows = [Resources(**row) for row in json.loads(path.read_text())]
+    wanted = {f"sm_{arch}" for arch in archs or ()}
+    return [row for row in rows if backend in (None, row.backend) and (not wanted or row.arch in wanted)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops bench resources", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="*", help="architectures, e.g. 80 90; all supported ones by default")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="only the kernels of one backend")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument(
+        "--changes", action="store_true", help="print only what differs from the committed report"
+    )
     options = parser.parse_args(arguments)
     rows = []
     try:
@@ -178,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"fused-ops bench resources: {error}", file=sys.stderr)
         return 2
-    print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else format_table(rows))
+    if options.changes:
+        found = changes(committed(options.backend, options.archs), rows)
+        print(json.dumps(found, indent=2) if options.json else format_changes(found))
+    else:
+        print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else format_table(rows))
     return 1 if any(row.spill_bytes for row in rows) else 0
 
 

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import io
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -219,11 +218,6 @@ class Store:
         ]
 
 
-def gpu_slug(name: str) -> str:
-    """Folder of a GPU's results: ``NVIDIA H100 80GB HBM3`` is ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def results_root() -> Path:
     """Where committed results are: ``bench/results`` of the checkout."""
     return Path(__file__).resolve().parent / "results"
@@ -236,7 +230,7 @@ def results_path(gpu: str, kind: str, results: str | None) -> Path | None:
     """
     if results is None and gpu == "cpu":
         return None
-    return (Path(results) if results else results_root()) / gpu_slug(gpu) / f"{kind}.csv"
+    return (Path(results) if results else results_root()) / environment.gpu_slug(gpu) / f"{kind}.csv"
 
 
 def all_rows(root: Path | None = None) -> list[Row]:
@@ -343,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.gpu:
         known = sorted({row.gpu for row in rows})
-        rows = [row for row in rows if gpu_slug(options.gpu) in gpu_slug(row.gpu)]
+        rows = [row for row in rows if environment.gpu_slug(options.gpu) in environment.gpu_slug(row.gpu)]
         if known and not rows:
             print(f"fused-ops bench results: --gpu={options.gpu!r} matches none of {known}", file=sys.stderr)
             return 2

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fused_ops.core import environment
+from fused_ops.core.tuning import nearest
 
 PATH = Path(__file__).resolve().parents[1] / "configs" / "dispatch.json"
-# An entry speaks for calls whose every size is within this factor of its own.
-NEAR = 2.0
 
 
 class Measured(Protocol):
@@ -87,22 +86,10 @@ def entries(operator: str, key: str, device: int | None) -> tuple[tuple[Any, ...
     return tuple(map(tuple, _entries(_gpu_name(device), operator).get(key, ())))
 
 
-def nearest(sizes: tuple[int, ...], candidates: tuple[tuple[Any, ...], ...]) -> Entry | None:
-    """The entry whose sizes are nearest, by the largest factor between any two; None if all are far."""
-    best, best_factor = None, NEAR
-    for candidate in candidates:
-        factor = 1.0
-        for mine, theirs in zip(sizes, candidate[0], strict=True):
-            factor = max(factor, mine / theirs, theirs / mine)
-        # The first of equals stays.
-        if factor < best_factor or (factor == best_factor and best is None):
-            best, best_factor = candidate, factor
-    return None if best is None else Entry(*best)
-
-
 def preferred(operator: str, call: Any) -> Entry | None:
     """The measurement that speaks for ``call``, whose ``x`` is on a GPU; None where nothing does."""
     device = call.x.device.index
     if not is_measured(operator, device):
         return None
-    return nearest(call.sizes(), entries(operator, key_of(call.kind()), device))
+    found = nearest(call.sizes(), entries(operator, key_of(call.kind()), device))
+    return None if found is None else Entry(*found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,11 @@ VARIABLES: dict[str, Variable] = {
             "",
             "Architectures to compile for, e.g. `80;90`. Empty: those of the GPUs present, or all "
             "supported ones where there is no GPU.",
+        ),
+        Variable(
+            "FUSED_OPS_CONFIGS",
+            "",
+            "Folder of tile choices that `fused-ops tune` wrote, read before those that are shipped.",
         ),
         Variable("FUSED_OPS_NVCC", "", "Path of the CUDA compiler to build with. Empty: the first found."),
     )
@@ -108,6 +114,11 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     return command_output(["git", "rev-parse", "HEAD"], cwd=root)
+
+
+def gpu_slug(name: str) -> str:
+    """A GPU's name for files and folders: ``NVIDIA H100 80GB HBM3`` is ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _driver_version() -> str | None:

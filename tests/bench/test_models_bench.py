@@ -202,6 +202,37 @@ def test_command_prints_json_and_resumes(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_images_come_through_the_loader(capsys, monkeypatch, tmp_path):
+    """Training on real images: read, augmented and mixed for every step, and in rows of their own."""
+    monkeypatch.setattr(timing, "default_device", timing.CpuDevice)
+    seen = []
+    original = models.loaded_batches
+
+    def watched(*given):
+        batches = original(*given)
+
+        def take():
+            seen.append(batches())
+            return seen[-1]
+
+        return take
+
+    monkeypatch.setattr(models, "loaded_batches", watched)
+    options = ["--loader", "digits", "--batch", "4", "--size", "16", "--results", str(tmp_path), "--json"]
+    options += ["--provider", "eager_channels_last", "auto", "--commit", "c"]
+    assert bench.main(["models", "--model", "tiny", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["mode"], row["case"]) for row in rows] == [("train", "b4_16_digits")] * 2
+    assert all(row["p50_us"] > 0 for row in rows)
+    assert len(seen) >= 2
+    for images, targets in seen:
+        assert images.shape == (4, 3, 16, 16)
+        # Mixup's targets are probabilities of every class.
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+@pytest.mark.usefixtures("tiny")
 def test_command_prints_images_a_second_and_kernel_times(capsys, monkeypatch):
     monkeypatch.setattr(timing, "default_device", timing.CpuDevice)
     options = ["--mode", "train", "--batch", "2", "--size", "16", "--provider", "eager_channels_last", "cuda"]
@@ -221,6 +252,7 @@ def test_command_prints_images_a_second_and_kernel_times(capsys, monkeypatch):
         (["--batch", "1", "0"], "--batch=0 is not allowed"),
         (["--size", "0"], "--size=0 is not allowed"),
         (["--provider", "tpu"], "--provider='tpu' is unknown"),
+        (["--loader", "digits", "--mode", "infer"], "--loader=digits needs --mode train"),
     ],
 )
 def test_bad_options_are_named(options, message, capsys):

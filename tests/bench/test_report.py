@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fused_ops.bench import limits, report, results
+from fused_ops.bench import limits, models, report, results
 from fused_ops.bench.results import Row
+from fused_ops.core import environment
 
 GPU = "NVIDIA H100 80GB HBM3"
 DATE = "2000-01-01T00:00:00+00:00"
@@ -224,7 +225,7 @@ def test_command(tmp_path, capsys, monkeypatch, predictions, h100):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     folder = tmp_path / "results"
-    results.write_rows(folder / results.gpu_slug(GPU) / "ops.csv", h100[:60])
+    results.write_rows(folder / environment.gpu_slug(GPU) / "ops.csv", h100[:60])
     (folder / "steps.json").write_text('[{"kind": "block", "name": "from a file"}]')
     arguments = ["--results", str(folder), "--readme", str(readme), "--update-readme"]
     assert report.main([*arguments, "--json"]) == 0
@@ -251,3 +252,21 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
         assert word in capsys.readouterr().err
     with pytest.raises(ValueError, match="bench:begin"):
         report.update_readme(Path(readme), "block")
+
+
+def test_kernel_times_are_in_the_page(predictions, tmp_path):
+    """Where a model step's time goes, and how much could be gained, beside the model's own figures."""
+    path = tmp_path / "profiles.json"
+    first = models.Profile((("gemm", 2e-3, 7), ("depthwise", 1e-3, 3)), 4e-3, 1e-3)
+    models.write_profiles(path, GPU, "c0ffee", {"dsnet_tiny train b8_224 auto": first})
+    second = models.Profile((("gemm", 1e-3, 7),), 2e-3, 1e-3)
+    models.write_profiles(path, GPU, "c0ffee", {"dsnet_tiny infer b8_224 auto": second})
+    rows = json.loads(path.read_text())
+    assert [row["subject"].split()[1] for row in rows] == ["infer", "train"]
+    assert rows[1]["kernels"] == [["gemm", 2000.0, 7], ["depthwise", 1000.0, 3]]
+    made = report.Report(made_up_models(), predictions, profiles=rows)
+    text = report.page(made, {})
+    assert "Kernel times of dsnet_tiny train b8_224 auto: 4.00 ms a step" in text
+    # A quarter of the time, made twice as fast.
+    assert "f = 0.250" in text
+    assert "1.14x" in text

@@ -17,6 +17,7 @@ import pytest
 from fused_ops.bench import __main__ as bench
 from fused_ops.bench import results
 from fused_ops.bench.results import COLUMNS, Row, Store
+from fused_ops.core import environment
 
 CONTRACT = [
     "gpu",
@@ -137,7 +138,7 @@ def test_adding_a_case_again_replaces_its_reasons_for_not_measuring():
 
 
 def test_slug_and_paths(tmp_path):
-    assert results.gpu_slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert environment.gpu_slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert results.results_path("cpu", "ops", None) is None
     assert results.results_path("cpu", "ops", str(tmp_path)) == tmp_path / "cpu" / "ops.csv"
     committed = results.results_path("NVIDIA L4", "models", None)
