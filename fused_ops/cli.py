@@ -1,4 +1,4 @@
-"""The ``fused-ops`` command: each subcommand is the module ``fused_ops.<name>``."""
+"""The ``fused-ops`` command: each subcommand is the module ``fused_ops.<name>`` (tune: of the bench)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ SUBCOMMANDS = {
     "train": "train a model, on real data, on the CPU if there is no GPU",
     "models": "list the models with parameters, MACs and published figures",
     "explain": "say which backend runs each operator of a model, and why",
+    "tune": "measure the tile choices of the kernels on this GPU",
     "bench": "measure operators and models, count traffic, report",
     "env": "print versions, devices and which backends run here",
 }
@@ -41,7 +42,8 @@ def main() -> int:
         )
         return 2
     sys.argv = [f"fused-ops {command}", *arguments[1:]]
-    runpy.run_module(f"fused_ops.{command}", run_name="__main__", alter_sys=False)
+    module = "bench.tune" if command == "tune" else command
+    runpy.run_module(f"fused_ops.{module}", run_name="__main__", alter_sys=False)
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -35,12 +35,15 @@ class Backend:
         can_run: predicate on the call; one sentence says why not.
         forward: launcher of the forward pass. The reference has none: it runs as plain PyTorch.
         backward: launcher of the backward pass, or None where the backend has none.
+        tiles: ``tiles(kernel, sizes)``, the tiles worth trying for a kernel that asks
+            :func:`fused_ops.core.tuning.tile_of`; None where there is nothing to choose.
     """
 
     name: str
     can_run: Callable[[Any], tuple[bool, str]]
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
+    tiles: Callable[[str, tuple[int, ...]], Sequence[tuple[int, ...]]] | None = None
 
 
 @dataclass(frozen=True)

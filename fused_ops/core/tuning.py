@@ -23,7 +23,7 @@ Tile = tuple[int, ...]
 NEAR = 2.0
 
 _forced: dict[str, Tile] = {}
-_used: dict[str, tuple[int, ...]] | None = None
+_used: dict[str, tuple[tuple[int, ...], Tile]] | None = None
 
 
 def nearest(sizes: tuple[int, ...], measured: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
@@ -108,15 +108,14 @@ def tile_of(kernel: str, sizes: tuple[int, ...], heuristic: Callable[[], Tile], 
         heuristic: makes the tile where nothing was measured.
         x: a tensor of the call; its device decides.
     """
-    if _used is not None:
-        _used[kernel] = sizes
     if kernel in _forced:
         return _forced[kernel]
-    if x.is_cuda:
-        tile = _measured(kernel, sizes, x.device.index)
-        if tile is not None:
-            return tile
-    return heuristic()
+    tile = _measured(kernel, sizes, x.device.index) if x.is_cuda else None
+    if tile is None:
+        tile = heuristic()
+    if _used is not None:
+        _used[kernel] = (sizes, tuple(heuristic()))
+    return tile
 
 
 @contextlib.contextmanager
@@ -134,8 +133,8 @@ def force(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record() -> Iterator[dict[str, tuple[int, ...]]]:
-    """Collect the kernels that ask for a tile inside the ``with`` block, with the sizes they ask for."""
+def record() -> Iterator[dict[str, tuple[tuple[int, ...], Tile]]]:
+    """Collect the kernels that ask for a tile inside the ``with`` block: sizes, and the heuristic's tile."""
     global _used
     previous, _used = _used, {}
     try:
