@@ -35,14 +35,14 @@ def tensors(device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def chain(x, weight, gain, shift, mean, var):
+def chain(x, weight, gain, shift, mean, var, training=False):
     """What a model without this package calls."""
     value = F.conv2d(x, weight, None, 1, 1, 1, CHANNELS)
-    return F.silu(F.batch_norm(value, mean, var, gain, shift))
+    return F.silu(F.batch_norm(value, mean, var, gain, shift, training))
 
 
-def fused(x, weight, gain, shift, mean, var):
-    norm = BatchNormState(gain, shift, mean, var, False, 0.1, 1e-5)
+def fused(x, weight, gain, shift, mean, var, training=False):
+    norm = BatchNormState(gain, shift, mean, var, training, 0.1, 1e-5)
     return depthwise_conv(x, weight, padding="same", norm=norm, activation="silu")
 
 
@@ -63,6 +63,51 @@ def test_call_on_the_cpu(benchmark, name):
         benchmark(chain if name == "stock_chain" else fused, **given)
 
 
+class Idle:
+    """A backend whose launchers launch nothing: what is left of a call is its cost on the host."""
+
+    name = "triton"
+
+    @staticmethod
+    def forward(call, *outputs):
+        return outputs
+
+    @staticmethod
+    def backward(call, grad, raw, needs, *gradients):
+        return gradients
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    # A registered backend cannot be asked on a CPU, so the choice is left out here and timed by itself.
+    monkeypatch.setattr(op, "choose", lambda *_: Idle)
+    monkeypatch.setitem(op._BY_NAME, "triton", Idle)
+
+
+def training_step(function, given, training):
+    """One forward and backward call with batch statistics, or one forward call with running ones."""
+    if not training:
+        return lambda: function(**given)
+    given = {name: value.clone() for name, value in given.items()}
+    leaves = [given[name].requires_grad_() for name in ("x", "weight", "gain", "shift")]
+    grad = torch.ones_like(given["x"])
+
+    def step():
+        return torch.autograd.grad(function(**given, training=True), leaves, grad)
+
+    return step
+
+
+@pytest.mark.benchmark(group="host cost of one call, kernels of the fused one left out")
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "forward_and_backward"])
+@pytest.mark.parametrize("name", ["stock_chain", "fused"])
+@pytest.mark.usefixtures("idle")
+def test_host_cost(benchmark, name, training):
+    step = training_step(chain if name == "stock_chain" else fused, tensors("cpu"), training)
+    with torch.set_grad_enabled(training):
+        benchmark(step)
+
+
 @pytest.mark.benchmark(group="parts of a call")
 def test_checks_and_choice(benchmark):
     given = tensors("cpu")
@@ -70,7 +115,7 @@ def test_checks_and_choice(benchmark):
 
     def check_and_choose():
         call = op._checked_call(
-            given["x"], given["weight"], None, 1, "same", 1, norm, "post", "silu", None, "after"
+            given["x"], given["weight"], None, 1, "same", 1, norm, "post", "silu", None, "after", False
         )
         return backends.choose("depthwise", op.BACKENDS, call)
 

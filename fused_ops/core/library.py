@@ -90,12 +90,32 @@ def define(
     return packet.default
 
 
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call may skip the dispatcher: nothing is traced, transformed, recorded or subclassed.
+
+    A call through the dispatcher costs the host several times what the launch of a small kernel does, most of
+    it in the autograd that ``torch.library`` puts around an operator.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether stock PyTorch would give an operator on ``x`` a channels_last output.
 
     The rule of PyTorch's ``suggest_memory_format``: also true for channel slices of channels_last tensors,
     false where both layouts describe the strides.
     """
+    dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if dense or x.is_contiguous():
+        # Both are contiguous where the order of dimensions makes no difference.
+        return dense and not x.is_contiguous()
     if x.dim() != 4 or x.stride(1) == 0:
         return False
     smallest = 0

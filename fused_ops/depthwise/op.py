@@ -108,13 +108,12 @@ class DepthwiseCall:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, padding, dilation, kernel, stride in zip(
-                self.x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        )
-        return (self.x.shape[0], self.x.shape[1], height, width)
+        batch, channels, height, width = self.x.shape
+        (pad_h, pad_w), (dilation_h, dilation_w) = self.padding, self.dilation
+        (stride_h, stride_w), (_, _, kernel_h, kernel_w) = self.stride, self.weight.shape
+        height = (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+        width = (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+        return (batch, channels, height, width)
 
     @property
     def values_per_channel(self) -> int:
@@ -375,7 +374,10 @@ def depthwise_conv(
     backend = choose("depthwise", BACKENDS, call)
     if backend.name == "reference":
         return _reference(call, norm)
-    out, _, mean, _, unbiased = FORWARD(
+    run = FORWARD
+    if library.plain_eager(x, weight, bias, call.norm_weight, call.norm_bias, residual):
+        run = _Eager.apply if call.needs_grad else _forward
+    out, _, mean, _, unbiased = run(
         call.x,
         call.weight,
         call.bias,
@@ -449,10 +451,6 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _call_of(
     x: Tensor,
     weight: Tensor,
@@ -484,9 +482,10 @@ def _call_of(
 def allocate_forward(call: DepthwiseCall) -> tuple[Tensor, ...]:
     """Outputs of the forward operator: out, raw (absent unless kept), batch mean, var, unbiased var."""
     out = library.empty(call.output_shape, call.x)
-    raw = library.empty(call.output_shape, call.x) if call.keep_raw else library.absent(call.x)
+    raw = torch.empty_like(out) if call.keep_raw else library.absent(call.x)
     count = call.x.shape[1] if call.batch_stats else 0
-    return out, raw, *(call.x.new_empty(count, dtype=_statistics_dtype(call.x)) for _ in range(3))
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    return out, raw, *(torch.empty(count, dtype=dtype, device=call.x.device) for _ in range(3))
 
 
 def allocate_backward(call: DepthwiseCall, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -569,7 +568,8 @@ def _autograd(ctx, grad, *_):
             ctx.options[3], ctx.options[4], ctx.options[6], needs[3] or needs[4]
         ):
             raw = _convolve_again(ctx)
-        gradients = BACKWARD(
+        run = _backward if library.plain_eager(grad, x, weight) else BACKWARD
+        gradients = run(
             grad,
             x,
             weight,
@@ -588,6 +588,20 @@ def _autograd(ctx, grad, *_):
         if needs[5] and passes_through:
             gradients[5] = grad
     return (*gradients[:5], None, None, gradients[5], *(None,) * 12)
+
+
+class _Eager(torch.autograd.Function):
+    """The registered operator's forward and autograd without the dispatcher between them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _autograd(ctx, *gradients)
 
 
 def _convolve_again(ctx) -> Tensor:
