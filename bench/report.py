@@ -181,6 +181,44 @@ def by_case(predictions: Iterable[Mapping[str, Any]]) -> Predicted:
     return {(row["gpu"], row["op"], row["case"], row["mode"]): dict(row) for row in predictions}
 
 
+def per_model(predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions of all calls of an operator in one step of a model, by GPU, operator, model and mode.
+
+    Rows with gpu, op, case (the model's name), mode and predicted_us; cases of no model are left out.
+    """
+    sums: dict[tuple[str, ...], float] = {}
+    for row in predictions:
+        if row["model"]:
+            key = (row["gpu"], row["op"], row["model"], row["mode"])
+            sums[key] = sums.get(key, 0.0) + row["calls"] * row["predicted_us"]
+    return [
+        dict(zip(("gpu", "op", "case", "mode", "predicted_us"), (*key, value), strict=True))
+        for key, value in sums.items()
+    ]
+
+
+def compared_per_model(
+    groups: Iterable[Group], predictions: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, str, float, float, int]]:
+    """Measured times of an operator's calls in one step of each model, ours beside the best alternative.
+
+    Returns:
+        (operator and model, mode, microseconds of ours, of the alternatives, cases that were compared).
+    """
+    calls = {(row["op"], row["case"]): row["calls"] for row in predictions}
+    sums: dict[tuple[str, str], list[float]] = {}
+    for group in groups:
+        ours, other = group.ours, group.alternative
+        if not group.is_op or ours is None or other is None or not ours.model:
+            continue
+        weight = calls.get((group.subject, group.case), 1)
+        total = sums.setdefault((f"{group.subject}, {ours.model}", group.mode), [0.0, 0.0, 0])
+        total[0] += weight * ours.p50_us
+        total[1] += weight * other.p50_us
+        total[2] += 1
+    return [(*key, *values) for key, values in sums.items()]
+
+
 def prediction_of(group: Group, predicted: Predicted) -> dict[str, Any] | None:
     gpu = datasheet(group.gpu)
     if gpu is None or group.dtype != "bfloat16":
@@ -403,7 +441,8 @@ _LIMIT = "limit"
 
 
 def plot_predicted(predictions: Sequence[Mapping[str, Any]]) -> bytes:
-    """Least possible times per case and GPU."""
+    """Least possible times per GPU of all calls in one step of each model."""
+    predictions = per_model(predictions)
     cases = list(dict.fromkeys(f"{row['op']}  {row['case']}" for row in predictions))
     gpus = list(dict.fromkeys(row["gpu"] for row in predictions))
     found = {(f"{row['op']}  {row['case']}", row["gpu"], row["mode"]): row for row in predictions}
@@ -421,7 +460,7 @@ def plot_predicted(predictions: Sequence[Mapping[str, Any]]) -> bytes:
               for case in cases]  # fmt: skip
     return _png(
         _panels(
-            "PREDICTED, not measured: least possible time, bfloat16, batch 128",
+            "PREDICTED, not measured: least possible time of all calls of one step, bfloat16",
             "microseconds (predicted)",
             labels,
             panels,
@@ -1089,8 +1128,9 @@ def readme_block(report: Report, plot: str) -> str:
     if not report.gpus:
         lines += [
             "**Nothing has been measured on a GPU yet, so no speed is claimed.** Below are *predicted* least "
-            "possible times (microseconds, bfloat16, forward + backward of one call) from datasheet figures; "
-            "kernels take longer. `fused-ops bench report` makes this block.",
+            "possible times (microseconds, bfloat16, forward + backward of all calls in one training step) "
+            "from datasheet figures; kernels take longer. `fused-ops bench report` makes this block, and a "
+            "page with every case.",
             "",
             f"![Predicted least possible times, not measured]({plot})",
             "",
@@ -1098,12 +1138,14 @@ def readme_block(report: Report, plot: str) -> str:
         gpus = list(dict.fromkeys(row["gpu"] for row in report.predictions))
         lines.append("| *predicted* | " + " | ".join(gpus) + " |")
         lines.append("|---" * (len(gpus) + 1) + "|")
-        for op, case in dict.fromkeys((row["op"], row["case"]) for row in report.predictions):
-            cells = []
-            for gpu in gpus:
-                row = report.predicted.get((gpu, op, case, "both"))
-                cells.append(f"*{row['predicted_us']:.0f}*" if row else "-")
-            lines.append(f"| {op} {case} | " + " | ".join(cells) + " |")
+        models = {
+            (row["op"], row["case"], row["gpu"]): row["predicted_us"]
+            for row in per_model(report.predictions)
+            if row["mode"] == "both"
+        }
+        for op, model in dict.fromkeys(key[:2] for key in models):
+            cells = [f"*{models[op, model, gpu]:.0f}*" if (op, model, gpu) in models else "-" for gpu in gpus]
+            lines.append(f"| {op}, {model} | " + " | ".join(cells) + " |")
         return "\n".join([*lines, END])
     for gpu in report.gpus:
         groups = [group for group in report.on(gpu) if group.mode in ("eval", "both", "infer", "train")]
@@ -1121,7 +1163,17 @@ def readme_block(report: Report, plot: str) -> str:
             lines += [f"![Measured times]({plot})", ""]
         lines.append("| measured | mode | ours us | best alternative us | times faster | share of limit |")
         lines.append("|---|---|---:|---:|---:|---:|")
-        for group in losing_first(groups):
+        for name, mode, mine, theirs, count in compared_per_model(groups, report.predictions):
+            lines.append(
+                f"| {name}, {count} cases | {mode} | {mine:.0f} | {theirs:.0f} | {theirs / mine:.2f} | - |"
+            )
+        # Whole models, and of single calls those that lose; the page has them all.
+        shown = [
+            group
+            for group in groups
+            if not group.is_op or group.failed or group.ratio is None or group.ratio < 1
+        ]
+        for group in losing_first(shown):
             ours, other = group.ours, group.alternative
             mine = f"{ours.p50_us:.1f} ({ours.provider})" if ours else NOT_MEASURED
             theirs = f"{other.p50_us:.1f} ({other.provider})" if other else NOT_MEASURED

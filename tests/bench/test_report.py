@@ -212,12 +212,46 @@ def test_cpu_rows_are_called_so(predictions):
 def test_readme_block(full, predictions):
     empty = report.readme_block(report.Report([], predictions), "plot.png")
     assert "no speed is claimed" in empty
-    assert "| depthwise dsnet_positional_64x56 | *87* |" in empty
+    # Least times of one call (microseconds on an H100), and how often a step of DS-Net-S makes it.
+    positional, local = ((87, 3), (44, 4), (27, 8), (11, 3)), ((77, 3), (39, 4), (24, 8), (10, 3))
+    (line,) = (line for line in empty.splitlines() if line.startswith("| depthwise, dsnet_small "))
+    assert float(line.split("*")[1]) == pytest.approx(sum(t * n for t, n in (*positional, *local)), rel=0.01)
     measured = report.readme_block(full, "plot.png")
     assert measured.startswith(report.BEGIN)
     assert measured.endswith(report.END)
     assert "predicted" not in measured
-    assert "40.9 (triton)" in measured
+    # Of single calls only those that lose are listed; the others are in the sum.
+    assert "dsnet_positional_64x56" not in measured
+    (line,) = (
+        line for line in measured.splitlines() if line.startswith("| depthwise, dsnet_small, 3 cases | both")
+    )
+    ours, theirs, times = (float(cell) for cell in line.split("|")[3:6])
+    assert times == pytest.approx(theirs / ours, abs=0.01)
+    assert "| dsnet_small 128x3x224x224 | train |" in measured
+
+
+def test_measured_sums_are_weighted_by_calls(predictions):
+    times = {"eager_nchw": 10.0, "triton": 4.0}
+    rows = [
+        Row(
+            GPU,
+            "depthwise",
+            "dsnet_small",
+            case,
+            "both",
+            name,
+            "bfloat16",
+            p50_us=time,
+            l2="cold",
+            graph=True,
+        )
+        for case in ("dsnet_positional_64x56", "dsnet_positional_320x14")
+        for name, time in times.items()
+    ]
+    # 3 calls of the first and 8 of the second in one step.
+    assert report.compared_per_model(report.group_rows(rows), predictions) == [
+        ("depthwise, dsnet_small", "both", 44.0, 110.0, 2)
+    ]
 
 
 def test_command(tmp_path, capsys, monkeypatch, predictions, h100):
