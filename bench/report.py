@@ -983,7 +983,8 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
     if report.resources is not None:
         section("Registers and shared memory, compiled")
         parts.append("<p>Read from the compiled kernels, without a GPU.</p>")
-        columns = ["op", "backend", "kernel", "arch", "registers", "spill_bytes", "shared_bytes", "config"]
+        columns = ["op", "backend", "kernel", "arch", "registers", "spill_bytes", "shared_bytes",
+                   "threads", "occupancy", "config"]  # fmt: skip
         parts += ["<details><summary>Every kernel, configuration and architecture "
                   f"({len(report.resources)})</summary>"]  # fmt: skip
         parts += [_dictionaries(report.resources, columns), "</details>"]

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,8 @@ class Resources:
         spill_bytes: stack and local memory per thread; registers that did not fit, or an array indexed at run
             time.
         shared_bytes: static shared memory per block, with what the system reserves (1024 from sm_90 on).
+        threads: of a block, at most; 0 where the compiler did not say.
+        occupancy: share of a multiprocessor's warps that fit at once, by registers, shared memory and blocks.
     """
 
     op: str
@@ -48,6 +50,65 @@ class Resources:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    threads: int = 0
+    occupancy: float | None = None
+
+
+class Multiprocessor(NamedTuple):
+    """What one multiprocessor holds at once: warps, blocks, bytes of shared memory."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 164 * 1024),
+    "sm_86": Multiprocessor(48, 16, 100 * 1024),
+    "sm_89": Multiprocessor(48, 24, 100 * 1024),
+    "sm_90": Multiprocessor(64, 32, 228 * 1024),
+    "sm_100": Multiprocessor(64, 32, 228 * 1024),
+    "sm_120": Multiprocessor(48, 24, 100 * 1024),
+}
+REGISTERS = 64 * 1024
+
+
+def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> float | None:
+    """Share of the warps of a multiprocessor that fit at once; None for an unknown one or unknown threads."""
+    limits = MULTIPROCESSORS.get(arch)
+    if limits is None or threads < 1:
+        return None
+    warps = -(-threads // 32)
+    # Registers are given out per warp in units of 256, from four equal parts of the file.
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = (REGISTERS // 4 // per_warp) * 4 // warps if registers else limits.blocks
+    by_shared = limits.shared_bytes // shared_bytes if shared_bytes else limits.blocks
+    blocks = min(limits.warps // warps, by_registers, by_shared, limits.blocks)
+    return blocks * warps / limits.warps
+
+
+def parse_threads(text: str) -> dict[tuple[str, str], int]:
+    """Threads of a block, at most, by architecture and mangled function name.
+
+    Args:
+        text: output of ``cuobjdump --dump-elf``.
+    """
+    found: dict[tuple[str, str], int] = {}
+    arch = function = ""
+    wanted = False
+    for line in text.splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\.nv\.info\.(\S+)", line):
+            function = match.group(1)
+        elif match := re.match(r"\s*Attribute:\s*EIATTR_(\w+)", line):
+            wanted = match.group(1) in ("MAX_THREADS", "REQNTID")
+        elif wanted and (match := re.match(r"\s*Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", line)):
+            x, y, z = (int(number, 16) for number in match.groups())
+            found[arch, function] = x * y * z
+            wanted = False
+    return found
 
 
 def find_cuobjdump() -> Path:
@@ -82,8 +143,14 @@ def _kernel_and_config(function: str) -> tuple[str, str]:
     return match.group(1), (match.group(2) or "").replace("fused_ops::", "")
 
 
-def parse_resource_usage(text: str, op: str, backend: str) -> list[Resources]:
-    """Rows from the output of ``cuobjdump --dump-resource-usage``."""
+def parse_resource_usage(
+    text: str, op: str, backend: str, threads: Mapping[tuple[str, str], int] | None = None
+) -> list[Resources]:
+    """Rows from the output of ``cuobjdump --dump-resource-usage``.
+
+    Args:
+        threads: by architecture and function, from :func:`parse_threads`.
+    """
     found = []
     arch = ""
     name = ""
@@ -96,11 +163,25 @@ def parse_resource_usage(text: str, op: str, backend: str) -> list[Resources]:
             numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
             found.append((name, arch, numbers))
     rows = []
-    for (_, arch, numbers), function in zip(found, _demangle([entry[0] for entry in found]), strict=True):
-        kernel, config = _kernel_and_config(function)
+    for (mangled, arch, numbers), name in zip(found, _demangle([entry[0] for entry in found]), strict=True):
+        kernel, config = _kernel_and_config(name)
         spill = numbers["STACK"] + numbers["LOCAL"]
-        rows.append(Resources(op, backend, kernel, config, arch, numbers["REG"], spill, numbers["SHARED"]))
+        block = (threads or {}).get((arch, mangled), 0)
+        registers, shared = numbers["REG"], numbers["SHARED"]
+        share = occupancy(arch, block, registers, shared)
+        rows.append(Resources(op, backend, kernel, config, arch, registers, spill, shared, block, share))
     return rows
+
+
+def _usage(cuobjdump: Path, path: str | Path, op: str, backend: str) -> list[Resources]:
+    """Rows of every kernel in an object file or cubin."""
+    texts = []
+    for flag in ("--dump-resource-usage", "--dump-elf"):
+        result = subprocess.run([str(cuobjdump), flag, str(path)], capture_output=True, text=True)
+        if result.returncode != 0 and "does not contain device code" not in result.stdout + result.stderr:
+            raise RuntimeError(f"cuobjdump failed on {path}: {result.stderr.strip()}")
+        texts.append(result.stdout)
+    return parse_resource_usage(texts[0], op, backend, parse_threads(texts[1]))
 
 
 def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
@@ -117,11 +198,7 @@ def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
     cuobjdump = find_cuobjdump()
     rows = []
     for unit in tools.UNITS:
-        command = [str(cuobjdump), "--dump-resource-usage", str(objects[unit.name])]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0 and "does not contain device code" not in result.stdout + result.stderr:
-            raise RuntimeError(f"cuobjdump failed on {unit.name}: {result.stderr.strip()}")
-        rows += parse_resource_usage(result.stdout, Path(unit.source).parts[0], "cuda")
+        rows += _usage(cuobjdump, objects[unit.name], Path(unit.source).parts[0], "cuda")
     return rows
 
 
@@ -144,10 +221,11 @@ def triton_resources(archs: Sequence[str] | None = None) -> list[Resources]:
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(kernel.compile(int(arch)))
                     file.flush()
-                    command = [str(cuobjdump), "--dump-resource-usage", file.name]
-                    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                (row,) = parse_resource_usage(text, operator.name, "triton")
-                rows.append(replace(row, kernel=kernel.name, config=kernel.config, arch=f"sm_{arch}"))
+                    (row,) = _usage(cuobjdump, file.name, operator.name, "triton")
+                threads = 32 * dict(kernel.options).get("num_warps", 4)
+                share = occupancy(f"sm_{arch}", threads, row.registers, row.shared_bytes)
+                row = replace(row, kernel=kernel.name, config=kernel.config, arch=f"sm_{arch}")
+                rows.append(replace(row, threads=threads, occupancy=share))
     return rows
 
 
@@ -155,6 +233,8 @@ def format_table(rows: Sequence[Resources]) -> str:
     """The rows as aligned text, spills marked."""
     header = list(Resources.__dataclass_fields__)
     lines: list[list[Any]] = [header, *(list(asdict(row).values()) for row in rows)]
+    for line in lines[1:]:
+        line[-1] = "" if line[-1] is None else f"{line[-1]:.0%}"
     widths = [max(len(str(line[column])) for line in lines) for column in range(len(header))]
     text = []
     for index, line in enumerate(lines):

@@ -5,25 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from fused_ops.bench import resources
 from fused_ops.bench.resources import Resources
 
 ROW = Resources("depthwise", "cuda", "forward", "float, 4", "sm_90", 64, 0, 1024)
 
 
-def test_usage_is_read_from_the_tools_output():
-    text = """
-    Fatbin elf code:
-    arch = sm_90
-    Resource usage:
-     Common:
-      GLOBAL:0
-     Function _Z7forwardIfLi4EEvPf:
-      REG:64 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:560 TEXTURE:0 SURFACE:0 SAMPLER:0
-    """
-    (row,) = resources.parse_resource_usage(text, "depthwise", "cuda")
-    assert (row.arch, row.registers, row.spill_bytes, row.shared_bytes) == ("sm_90", 64, 24, 1024)
-    assert (row.kernel, row.config) == ("forward", "float, 4")
+def test_threads_are_read_from_the_object_file():
+    lines = (
+        "arch = sm_90",
+        ".nv.info._Z7forwardIfLi4EEvPf",
+        "\t<0x12>",
+        "\tAttribute:\tEIATTR_MAX_THREADS",
+        "\tFormat:\tEIFMT_SVAL",
+        "\tValue:\t0x80 0x1 0x1 ",
+    )
+    assert resources.parse_threads("\n".join(lines)) == {("sm_90", "_Z7forwardIfLi4EEvPf"): 128}
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "expected"),
+    [
+        # 128 registers: 4 warps in each of four parts, so 16 of 64.
+        ("sm_90", 128, 128, 0, 16 / 64),
+        # 32 registers: all 64 warps, in 16 blocks of 4; on sm_86 48 warps are all there is.
+        ("sm_90", 128, 32, 1024, 1.0),
+        ("sm_86", 128, 32, 1024, 1.0),
+        # 100 KB of shared memory: two blocks on sm_90, one on sm_86 (reserved kilobyte left out).
+        ("sm_90", 256, 32, 100 * 1024, 16 / 64),
+        ("sm_86", 256, 32, 100 * 1024, 8 / 48),
+        # One warp a block: the number of blocks decides.
+        ("sm_80", 32, 16, 0, 32 / 64),
+        ("sm_90", 0, 32, 0, None),
+        ("sm_12", 128, 32, 0, None),
+    ],
+)
+def test_occupancy(arch, threads, registers, shared, expected):
+    assert resources.occupancy(arch, threads, registers, shared) == expected
 
 
 def test_changes_name_what_is_new_gone_and_different():
