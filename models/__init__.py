@@ -11,6 +11,15 @@ Example::
 
 from fused_ops.models import requirements  # noqa: F401, I001 (first: it says what is missing)
 from fused_ops.models import dsnet  # noqa: F401 (registers its models)
+from fused_ops.models import dcdc  # noqa: F401 (registers its models)
+from fused_ops.models import fishnet  # noqa: F401 (registers its models)
+from fused_ops.models import resnet_gates  # noqa: F401 (registers its models)
+from fused_ops.models import sda  # noqa: F401 (registers its models)
+from fused_ops.models import hiri_vit  # noqa: F401 (registers its models)
+from fused_ops.models import fcvit  # noqa: F401 (registers its models)
+from fused_ops.models import pvt  # noqa: F401 (registers its models)
+from fused_ops.models import vip  # noqa: F401 (registers its models)
+from fused_ops.models import hlg  # noqa: F401 (registers its models)
 from fused_ops.models.checkpoint import (
     CheckpointError,
     load_checkpoint,

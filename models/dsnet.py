@@ -24,39 +24,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fused_ops.blocks import DSBlock
-from fused_ops.blocks.checkpointing import checkpoint_block
-from fused_ops.blocks.layout import is_channels_last, like_input, to_channels_last
+from fused_ops.blocks.layout import to_channels_last
+from fused_ops.models.arguments import check_lengths
+from fused_ops.models.common import (
+    StagedBackbone,
+    build_backbone,
+    classification_cfg,
+    drop_path_rates,
+)
 from fused_ops.models.layouts import paddle_layout, same_names_layout
 from fused_ops.models.registry import ModelInfo, System, register_system
 
 __all__ = ["DSNet"]
-
-_SCHEDULES = ("restart", "cumulative")
-_POOLS = ("avg", "max", "avgmax", "catavgmax", "")
-
-
-def drop_path_rates(rate: float, depths: Sequence[int], schedule: str = "restart") -> list[list[float]]:
-    """Drop path probability of every block, per stage.
-
-    The rates rise linearly from 0 to ``rate`` over the sum of the depths. ``"cumulative"`` runs through them
-    from the first block to the last. ``"restart"`` starts from 0 in every stage, as the public code does.
-
-    Raises:
-        ValueError: for another schedule.
-    """
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"drop_path_schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
-    last = max(sum(depths) - 1, 1)
-    rates = [rate * i / last for i in range(sum(depths))]
-    starts = [0 if schedule == "restart" else sum(depths[:i]) for i in range(len(depths))]
-    return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
 
 
 class PatchEmbed(nn.Module):
@@ -70,7 +53,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
-class DSNet(nn.Module):
+class DSNet(StagedBackbone):
     """DS-Net backbone with a classifier.
 
     Images (B, in_chans, H, W) of any size from the total stride (32) on; NCHW or channels_last. Feature maps
@@ -116,23 +99,16 @@ class DSNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_chans)
         factory = {"device": device, "dtype": dtype}
-        per_stage = {
-            "dims": dims,
-            "num_heads": num_heads,
-            "downsamples": downsamples,
-            "patch_sizes": patch_sizes,
-        }
-        for name, value in per_stage.items():
-            if len(value) != len(depths):
-                raise ValueError(f"{name} must have {len(depths)} entries, one per stage, got {tuple(value)}")
-        self.in_chans = in_chans
-        self.num_stages = len(depths)
-        self.total_stride = 1
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
-
+        check_lengths(
+            len(depths),
+            "stage",
+            dims=dims,
+            num_heads=num_heads,
+            downsamples=downsamples,
+            patch_sizes=patch_sizes,
+        )
         rates = drop_path_rates(drop_path_rate, depths, drop_path_schedule)
         channels = in_chans
         for i, dim in enumerate(dims):
@@ -155,39 +131,14 @@ class DSNet(nn.Module):
                 for rate in rates[i]
             ]
             self.add_module(f"blocks{stage}", nn.Sequential(*blocks))
-            self.total_stride *= patch_sizes[i]
-            self.feature_info.append(
-                {"num_chs": dim, "reduction": self.total_stride, "module": f"blocks{stage}"}
-            )
+            self._add_stage(dim, patch_sizes[i], f"blocks{stage}")
             channels = dim
         self.norm = nn.BatchNorm2d(channels, **factory)
 
-        self.num_features = channels
         self.head_drop = nn.Dropout(drop_rate)
         self._set_classifier(num_classes, global_pool, factory)
 
-    def _set_classifier(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
-        if global_pool not in _POOLS:
-            raise ValueError(
-                f"global_pool must be one of {', '.join(map(repr, _POOLS))}, got {global_pool!r}"
-            )
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        if not global_pool and num_classes:
-            raise ValueError(f"global_pool='' needs num_classes=0, got {num_classes}")
-        self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **factory
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-
     def reset_parameters(self) -> None:
-        """Initialise all parameters and statistics again, for instance after ``to_empty``."""
         for i in range(1, self.num_stages + 1):
             self.get_submodule(f"patch_embed{i}.proj").reset_parameters()
             for block in self.get_submodule(f"blocks{i}"):
@@ -195,13 +146,7 @@ class DSNet(nn.Module):
         if isinstance(self.norm, nn.BatchNorm2d):
             self.norm.reset_parameters()
         if self.num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Nothing by name. One-dimensional parameters are the optimizer factory's business, as usual."""
-        return set()
+            self._init_classifier(self.head)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -215,158 +160,22 @@ class DSNet(nn.Module):
         ]
         return {"stem": r"^patch_embed1\.", "blocks": blocks}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass. Running statistics are updated once."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; ``global_pool`` stays as it is where it is None."""
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self._set_classifier(num_classes, pool, get_device_dtype(self))
-
     def _stage(self, x: Tensor, index: int) -> Tensor:
-        """Stage ``index`` (from 0) of a map; the result is channels_last."""
         x = to_channels_last(self.get_submodule(f"patch_embed{index + 1}")(x))
-        blocks = self.get_submodule(f"blocks{index + 1}")
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return blocks(x)
-        for block in blocks:
-            x = checkpoint_block(block, x)
-        return x
+        return self._run_blocks(self.get_submodule(f"blocks{index + 1}"), x)
 
-    def _check_image(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
-        if min(x.shape[-2:]) < self.total_stride:
-            raise ValueError(
-                f"x must be at least {self.total_stride} x {self.total_stride} pixels, the total stride, "
-                f"got {x.shape[-2]} x {x.shape[-1]}"
-            )
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of chosen stages.
-
-        Args:
-            x: image (B, in_chans, H, W).
-            indices: the last n stages, or a list of stages (from 0, negative from the end); None is all.
-            norm: apply the final norm to the last stage's map. The others have no norm and stay raw.
-            stop_early: skip the stages after the last one asked for. The first returned value is then the
-                map of that stage, without the final norm.
-            output_fmt: ``NCHW`` or ``NHWC`` shape of the intermediate maps.
-            intermediates_only: return the list alone.
-
-        Returns:
-            The list, or the pair of what ``forward_features`` returns and the list.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        self._check_image(x)
-        channels_last = is_channels_last(x)
-        take, last_taken = feature_take_indices(self.num_stages, indices)
-        last = self.num_stages - 1
-        intermediates = []
-        x = to_channels_last(x)
-        for index in range((last_taken if stop_early else last) + 1):
-            x = self._stage(x, index)
-            if index in take:
-                taken = self.norm(x) if norm and index == last else x
-                if output_fmt == "NHWC":
-                    intermediates.append(taken.permute(0, 2, 3, 1))
-                else:
-                    intermediates.append(like_input(taken, channels_last))
-        if intermediates_only:
-            return intermediates
-        if index == last:
-            x = self.norm(x)
-        return like_input(x, channels_last), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last one of ``indices``, and with them the final norm and the head.
-
-        Args:
-            indices: as in :meth:`forward_intermediates`.
-            prune_norm: remove the final norm even if the last stage stays.
-            prune_head: remove the classifier even if the last stage stays.
-
-        Returns:
-            The stages asked for, as indices from 0.
-        """
-        take, last_taken = feature_take_indices(self.num_stages, indices)
-        shortened = last_taken < self.num_stages - 1
-        for stage in range(last_taken + 2, self.num_stages + 1):
-            delattr(self, f"patch_embed{stage}")
-            delattr(self, f"blocks{stage}")
-        self.num_stages = last_taken + 1
-        self.total_stride = self.feature_info[last_taken]["reduction"]
-        if shortened:
-            self.num_features = self.feature_info[last_taken]["num_chs"]
-        if shortened or prune_norm:
-            self.norm = nn.Identity()
-        if shortened or prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, in_chans, H, W) to the map (B, num_features, H/32, W/32) after the final norm."""
-        self._check_image(x)
-        channels_last = is_channels_last(x)
-        x = to_channels_last(x)
-        for index in range(self.num_stages):
-            x = self._stage(x, index)
-        return like_input(self.norm(x), channels_last)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, drop out and classify the map of :meth:`forward_features`."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def _stage_modules(self, index: int) -> tuple[str, ...]:
+        return f"patch_embed{index + 1}", f"blocks{index + 1}"
 
 
-def _create_dsnet(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> DSNet:
-    arguments = {**defaults, **kwargs}
-    out_indices = arguments.pop("out_indices", tuple(range(len(arguments["depths"]))))
-    return build_model_with_cfg(
-        DSNet,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+def _create_dsnet(
+    variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    return build_backbone(DSNet, variant, pretrained, defaults, kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed1.proj",
-        "classifier": "head",
-        "fixed_input_size": False,
-        "license": "apache-2.0",
-        **kwargs,
-    }
+    return classification_cfg(first_conv="patch_embed1.proj", license="apache-2.0", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -34,7 +34,9 @@ def test_pretrained_is_refused():
 def test_systems_are_complete():
     for system in systems():
         assert system.paper
-        assert system.layouts
+        # Without public code there is no public layout, and a reader of the numbers must be told.
+        notes = [info.note for info in system.models.values()]
+        assert system.layouts or all("no public code" in n or "not published" in n for n in notes)
         for name, info in system.models.items():
             assert info.params > 0, name
             assert info.macs > 0, name
@@ -52,7 +54,7 @@ def test_published_numbers_agree_or_are_explained():
 
 
 def test_registering_twice_is_refused():
-    system = systems()[0]
+    system = next(system for system in systems() if system.name == "DS-Net")
     with pytest.raises(ValueError, match="already registered"):
         register_system(system)
     with pytest.raises(ValueError, match="'dsnet_tiny' of other is already registered"):
