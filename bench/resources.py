@@ -136,7 +136,7 @@ def _demangle(names: list[str]) -> list[str]:
 
 
 def _kernel_and_config(function: str) -> tuple[str, str]:
-    """``depthwise3x3_forward`` and its template arguments from a demangled function name."""
+    """``depthwise_forward`` and its template arguments from a demangled function name."""
     match = re.search(r"(\w+)(?:<(.*)>)?\(", function.replace("(anonymous namespace)::", ""))
     if match is None:
         return function, ""

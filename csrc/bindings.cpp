@@ -4,15 +4,17 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
 
-#include "depthwise/params.h"
+#include "depthwise/arguments.h"
 
 namespace {
 
+using fused_ops::depthwise::TensorView;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -29,111 +31,129 @@ fused_ops::ScalarType scalar_type(const Tensor& tensor, const char* name) {
     }
 }
 
-// Where a kernel can read or write `tensor`: on the device of `x`.
-void check_device(const Tensor& tensor, const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
-                    " must be on the CUDA device of x");
-}
-
-fused_ops::MapStrides map_strides(const Tensor& map, const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(map.dim() == 4, name, " must have 4 dimensions, and has ", map.dim());
-    check_device(map, x, name);
-    STD_TORCH_CHECK(map.scalar_type() == x.scalar_type(), name, " must have the element type of x");
-    STD_TORCH_CHECK(map.stride(1) == 1 || map.size(1) == 1, name,
-                    " must have neighbouring channels (channels_last), and has channel stride ",
-                    map.stride(1));
-    return {map.stride(0), map.stride(2), map.stride(3)};
-}
-
-void check_size(const Tensor& map, int64_t n, int64_t c, int64_t h, int64_t w, const char* name) {
-    STD_TORCH_CHECK(map.size(0) == n && map.size(1) == c && map.size(2) == h && map.size(3) == w, name,
-                    " has size (", map.size(0), ", ", map.size(1), ", ", map.size(2), ", ", map.size(3),
-                    ") and must have (", n, ", ", c, ", ", h, ", ", w, ")");
-}
-
-fused_ops::ChannelValues channel_values(const std::optional<Tensor>& values, const Tensor& x,
-                                        const char* name) {
-    if (!values.has_value()) {
-        return {nullptr, fused_ops::ScalarType::float32, 0};
-    }
-    check_device(*values, x, name);
-    STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == x.size(1), name,
-                    " must have one value per channel, ", x.size(1));
-    return {values->const_data_ptr(), scalar_type(*values, name), values->stride(0)};
-}
-
-template <typename Enumeration>
-Enumeration enumeration(int64_t value, Enumeration last, const char* name) {
-    STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), name, " has no meaning for ", value);
-    return static_cast<Enumeration>(value);
-}
-
-void depthwise_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-                       const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                       const std::optional<Tensor>& residual, int64_t pad_h, int64_t pad_w, int64_t norm,
-                       double eps, int64_t activation, int64_t residual_mode, bool identity, Tensor& out) {
-    STD_TORCH_CHECK(x.is_cuda(), "x must be a CUDA tensor");
-    fused_ops::DepthwiseForwardParams params{};
-    params.type = scalar_type(x, "x");
-    params.x_strides = map_strides(x, x, "x");
-    params.x = x.const_data_ptr();
-    params.batch = x.size(0);
-    params.channels = x.size(1);
-    params.height = x.size(2);
-    params.width = x.size(3);
-    params.pad_h = pad_h;
-    params.pad_w = pad_w;
-
-    params.out_strides = map_strides(out, x, "out");
-    params.out = out.mutable_data_ptr();
-    params.out_height = params.height + 2 * pad_h - 2;
-    params.out_width = params.width + 2 * pad_w - 2;
-    check_size(out, params.batch, params.channels, params.out_height, params.out_width, "out");
-
-    check_device(weight, x, "weight");
-    STD_TORCH_CHECK(weight.dim() == 4, "weight must have 4 dimensions, and has ", weight.dim());
-    check_size(weight, params.channels, 1, 3, 3, "weight");
-    params.weight = {weight.const_data_ptr(), scalar_type(weight, "weight"), weight.stride(0),
-                     weight.stride(2), weight.stride(3)};
-
-    params.bias = channel_values(bias, x, "bias");
-    params.norm_weight = channel_values(norm_weight, x, "norm_weight");
-    params.norm_bias = channel_values(norm_bias, x, "norm_bias");
-    params.mean = channel_values(mean, x, "mean");
-    params.var = channel_values(var, x, "var");
-    params.eps = static_cast<float>(eps);
-    params.norm = enumeration(norm, fused_ops::NormPlacement::post, "norm");
-    params.activation = enumeration(activation, fused_ops::Activation::hardswish, "activation");
-    params.residual_mode = enumeration(residual_mode, fused_ops::ResidualMode::after, "residual_mode");
-    params.identity = identity;
-    if (residual.has_value()) {
-        params.residual_strides = map_strides(*residual, x, "residual");
-        check_size(*residual, params.batch, params.channels, params.out_height, params.out_width, "residual");
-        params.residual = residual->const_data_ptr();
+// Views of tensors on the device of the first one.
+class Views {
+  public:
+    explicit Views(const Tensor& x) : device_(x.get_device_index()) {
+        STD_TORCH_CHECK(x.is_cuda(), "x must be a CUDA tensor");
     }
 
+    TensorView operator()(const Tensor& tensor, const char* name) const {
+        STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, name,
+                        " must be on the CUDA device of x");
+        STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.dim() <= 4, name, " has ", tensor.dim(), " dimensions");
+        TensorView view;
+        view.data = tensor.data_ptr();
+        view.type = scalar_type(tensor, name);
+        view.dimensions = static_cast<int>(tensor.dim());
+        for (int i = 0; i < view.dimensions; ++i) {
+            view.sizes[i] = tensor.size(i);
+            view.strides[i] = tensor.stride(i);
+        }
+        return view;
+    }
+
+    TensorView operator()(const std::optional<Tensor>& tensor, const char* name) const {
+        return tensor.has_value() ? (*this)(*tensor, name) : TensorView{};
+    }
+
+  private:
+    int32_t device_;
+};
+
+// Runs a launch sequence on the device and the current stream of `x`, with the workspace that it asks for.
+template <typename Params>
+void launch(const Tensor& x, Params& params, const char* (*workspace)(const Params&, int64_t&),
+            const char* (*sequence)(const Params&, void*), const char* name) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    int64_t floats = 0;
+    const char* error = workspace(params, floats);
+    STD_TORCH_CHECK(error == nullptr, "fused_ops_native::", name, ": ", error == nullptr ? "" : error);
+    std::optional<Tensor> memory;
+    if (floats > 0) {
+        memory = torch::stable::new_empty(x, {floats}, ScalarType::Float);
+        params.problem.workspace = static_cast<float*>(memory->mutable_data_ptr());
+    }
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    const char* error = fused_ops::launch_depthwise_forward(params, stream);
-    STD_TORCH_CHECK(error == nullptr, "fused_ops_native::depthwise_forward: ", error == nullptr ? "" : error);
+    error = sequence(params, stream);
+    STD_TORCH_CHECK(error == nullptr, "fused_ops_native::", name, ": ", error == nullptr ? "" : error);
+}
+
+using Optional = std::optional<Tensor>;
+
+void depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
+                       const Optional& norm_weight, const Optional& norm_bias, const Optional& mean,
+                       const Optional& var, const Optional& unbiased_var, const Optional& residual,
+                       const Tensor& out, const Optional& raw, int64_t stride, int64_t pad_h, int64_t pad_w,
+                       int64_t norm, bool batch_stats, double eps, int64_t activation, int64_t residual_mode,
+                       bool identity, int64_t stages, int64_t tile_vector, int64_t tile_columns,
+                       int64_t tile_rows) {
+    const Views view(x);
+    auto params = fused_ops::depthwise::forward_params(
+        {view(x, "x"), view(weight, "weight"), view(bias, "bias"), view(norm_weight, "norm_weight"),
+         view(norm_bias, "norm_bias"), view(mean, "mean"), view(var, "var"),
+         view(unbiased_var, "unbiased_var"), view(residual, "residual"), view(out, "out"), view(raw, "raw")},
+        {stride, pad_h, pad_w, norm, batch_stats, eps, activation, residual_mode, identity, stages,
+         tile_vector, tile_columns, tile_rows});
+    launch(x, params, fused_ops::depthwise_forward_workspace, fused_ops::launch_depthwise_forward,
+           "depthwise_forward");
+}
+
+void depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                        const Optional& norm_weight, const Optional& norm_bias, const Optional& mean,
+                        const Optional& var, const Optional& residual, const Optional& raw,
+                        const Optional& x_grad, const Optional& weight_grad, const Optional& bias_grad,
+                        const Optional& norm_weight_grad, const Optional& norm_bias_grad,
+                        const Optional& residual_grad, const Optional& sums, int64_t stride, int64_t pad_h,
+                        int64_t pad_w, int64_t norm, bool batch_stats, double eps, int64_t activation,
+                        int64_t residual_mode, bool identity, int64_t stages, int64_t tile_vector,
+                        int64_t tile_columns, int64_t tile_rows) {
+    const Views view(x);
+    auto params = fused_ops::depthwise::backward_params(
+        {view(grad, "grad"), view(x, "x"), view(weight, "weight"), view(norm_weight, "norm_weight"),
+         view(norm_bias, "norm_bias"), view(mean, "mean"), view(var, "var"), view(residual, "residual"),
+         view(raw, "raw"), view(x_grad, "x_grad"), view(weight_grad, "weight_grad"),
+         view(bias_grad, "bias_grad"), view(norm_weight_grad, "norm_weight_grad"),
+         view(norm_bias_grad, "norm_bias_grad"), view(residual_grad, "residual_grad"), view(sums, "sums")},
+        {stride, pad_h, pad_w, norm, batch_stats, eps, activation, residual_mode, identity, stages,
+         tile_vector, tile_columns, tile_rows});
+    launch(x, params, fused_ops::depthwise_backward_workspace, fused_ops::launch_depthwise_backward,
+           "depthwise_backward");
 }
 
 }  // namespace
 
+// mean and var are written by the statistics stage of a forward with batch_stats.
+#define FUSED_OPS_OPTIONS                                                       \
+    "int stride, int pad_h, int pad_w, int norm, bool batch_stats, float eps, " \
+    "int activation, "                                                          \
+    "int residual_mode, bool identity, int stages, int tile_vector, int "       \
+    "tile_columns, int tile_rows"
+
 STABLE_TORCH_LIBRARY(fused_ops_native, m)
 {
     m.def(
-        "depthwise_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-        "Tensor? mean, Tensor? var, Tensor? residual, int pad_h, int pad_w, int norm, float eps, int "
-        "activation, "
-        "int residual_mode, bool identity, Tensor(a!) out) -> ()");
+        "depthwise_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? "
+        "norm_weight, Tensor? norm_bias, "
+        "Tensor(a!)? mean, Tensor(b!)? var, Tensor(c!)? unbiased_var, Tensor? "
+        "residual, Tensor(d!) out, "
+        "Tensor(e!)? raw, " FUSED_OPS_OPTIONS ") -> ()");
+    m.def(
+        "depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? "
+        "norm_weight, Tensor? norm_bias, "
+        "Tensor? mean, Tensor? var, Tensor? residual, Tensor? raw, Tensor(a!)? "
+        "x_grad, "
+        "Tensor(b!)? weight_grad, Tensor(c!)? bias_grad, Tensor(d!)? "
+        "norm_weight_grad, "
+        "Tensor(e!)? norm_bias_grad, Tensor(f!)? residual_grad, Tensor(g!)? "
+        "sums, " FUSED_OPS_OPTIONS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops_native, CUDA, m)
 {
     m.impl("depthwise_forward", TORCH_BOX(&depthwise_forward));
+    m.impl("depthwise_backward", TORCH_BOX(&depthwise_backward));
 }
 
 // Read by fused_ops/core/native.py through ctypes.

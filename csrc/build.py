@@ -43,7 +43,7 @@ LIBRARY = ROOT / "fused_ops" / "_native.so"
 SUPPORTED_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 # Version of what fused_ops/core/native.py and the op files expect of the library; raise both together.
-INTERFACE = 1
+INTERFACE = 2
 
 # The oldest torch whose stable ABI the library is written for: 2.11.
 TORCH_MINIMUM = (2, 11)
@@ -66,11 +66,25 @@ class Unit:
     definitions: tuple[str, ...] = ()
 
 
+_TYPES = ("float32", "float16", "bfloat16")
+# The convolutions are compiled per element type and kernel size, side by side.
 UNITS = (
-    Unit("depthwise_forward", "depthwise/forward.cu"),
-    Unit("depthwise_forward_float32", "depthwise/forward.cu", ("FUSED_OPS_SCALAR=0",)),
-    Unit("depthwise_forward_float16", "depthwise/forward.cu", ("FUSED_OPS_SCALAR=1",)),
-    Unit("depthwise_forward_bfloat16", "depthwise/forward.cu", ("FUSED_OPS_SCALAR=2",)),
+    Unit("depthwise_sequence", "depthwise/sequence.cu"),
+    Unit("depthwise_merge", "depthwise/merge.cu"),
+    *(
+        Unit(f"depthwise_pointwise_{name}", "depthwise/pointwise.cu", (f"FUSED_OPS_SCALAR={code}",))
+        for code, name in enumerate(_TYPES)
+    ),
+    *(
+        Unit(
+            f"depthwise_{direction}{size}_{name}",
+            f"depthwise/{direction}.cu",
+            (f"FUSED_OPS_SCALAR={code}", f"FUSED_OPS_KERNEL={size}"),
+        )
+        for direction in ("backward", "forward")
+        for size in (7, 5, 3)
+        for code, name in enumerate(_TYPES)
+    ),
 )
 
 
@@ -577,11 +591,11 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
 }
 
-# Programs under csrc/emulator/tests: name, sources beside the kernels' own, definitions.
+# Programs under csrc/emulator/tests: name, source, definitions, whether they use the operators' kernels.
 EMULATOR_TESTS = {
     "block_reduction": ("emulator/tests/block_reduction.cpp", (), False),
     "block_reduction_without_barrier": ("emulator/tests/block_reduction.cpp", ("WITHOUT_BARRIER",), False),
-    "depthwise_forward": ("emulator/tests/depthwise_forward.cpp", (), True),
+    "depthwise": ("emulator/tests/depthwise.cpp", (), True),
 }
 
 
@@ -600,6 +614,20 @@ def _emulated(plan: Plan, unit: Unit, flags: Sequence[str], prefix: str = "") ->
     return plan.add(output, command, [source], f"g++ {unit.name}", depfile=depfile)
 
 
+def _emulated_kernels(sanitizer: str | None) -> list[Path]:
+    """Every kernel unit for CPU threads; with a sanitizer, in one element type only."""
+    plan = Plan(BUILD / "emulator" / f"kernels-{sanitizer or 'plain'}")
+    flags = ["-fvisibility=hidden", *SANITIZERS[sanitizer]]
+    units = UNITS
+    if sanitizer is not None:
+        flags.append("-DFUSED_OPS_FLOAT16_ONLY")
+        others = {f"FUSED_OPS_SCALAR={code}" for code, name in enumerate(_TYPES) if name != "float16"}
+        units = tuple(unit for unit in UNITS if others.isdisjoint(unit.definitions))
+    objects = [_emulated(plan, unit, flags) for unit in units]
+    execute(plan)
+    return objects
+
+
 def environment_tag() -> str:
     """Name of the interpreter and environment that a Python module is built for."""
     prefix = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
@@ -616,7 +644,7 @@ def build_emulator(out_dir: Path | None = None) -> Path:
     if spec is None or spec.origin is None:
         raise BuildError("the emulator needs pybind11: pip install pybind11")
     plan = Plan(Path(out_dir) if out_dir else BUILD / "emulator" / environment_tag())
-    objects = [_emulated(plan, unit, ("-fvisibility=hidden",)) for unit in UNITS]
+    objects = _emulated_kernels(None)
     includes = (Path(spec.origin).parent / "include", Path(sysconfig.get_paths()["include"]))
     module = Unit("module", "emulator/module.cpp")
     flags = ["-fvisibility=hidden", *(f"-isystem{path}" for path in includes)]
@@ -640,7 +668,7 @@ def build_emulator_tests(sanitizer: str | None = None, out_dir: Path | None = No
     """
     flags = SANITIZERS[sanitizer]
     plan = Plan(Path(out_dir) if out_dir else BUILD / "emulator" / f"tests-{sanitizer or 'plain'}")
-    kernels = [_emulated(plan, unit, flags) for unit in UNITS]
+    kernels = _emulated_kernels(sanitizer)
     programs = {}
     for name, (source, definitions, uses_kernels) in EMULATOR_TESTS.items():
         objects = [_emulated(plan, Unit(name, source, definitions), flags, prefix="test_")]

@@ -67,4 +67,57 @@ FUSED_OPS_DEVICE void activate_all(float (&values)[COUNT], Activation activation
 #undef FUSED_OPS_ACTIVATE
 }
 
+// What the gradient of activate(value) by value makes of the gradient `grad`.
+template <Activation ACTIVATION>
+FUSED_OPS_DEVICE float activation_gradient(float grad, float value) {
+    if constexpr (ACTIVATION == Activation::relu) {
+        return value <= 0.0f ? 0.0f : grad;
+    } else if constexpr (ACTIVATION == Activation::relu6) {
+        return value <= 0.0f || value >= 6.0f ? 0.0f : grad;
+    } else if constexpr (ACTIVATION == Activation::silu) {
+        const float s = sigmoid(value);
+        return grad * (s * (1.0f + value * (1.0f - s)));
+    } else if constexpr (ACTIVATION == Activation::gelu) {
+        const float distribution = 0.5f * (1.0f + erff(value * 0.70710678118654752f));
+        return grad * (distribution + value * 0.3989422804014327f * expf(-0.5f * value * value));
+    } else if constexpr (ACTIVATION == Activation::gelu_tanh) {
+        const float s = sigmoid(1.5957691216057308f * (value + 0.044715f * value * value * value));
+        return grad * (s + value * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * value * value));
+    } else if constexpr (ACTIVATION == Activation::hardswish) {
+        const float slope = (2.0f * value + 3.0f) * (1.0f / 6.0f);
+        return value > 3.0f ? grad : (value < -3.0f ? 0.0f : grad * slope);
+    } else {
+        return grad;
+    }
+}
+
+template <Activation ACTIVATION, int COUNT>
+FUSED_OPS_DEVICE void multiply_gradient_each(float (&grads)[COUNT], const float (&values)[COUNT]) {
+    FUSED_OPS_UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+        grads[i] = activation_gradient<ACTIVATION>(grads[i], values[i]);
+    }
+}
+
+// Turns COUNT gradients after the activation into those before it. `values` are the activation's inputs.
+template <int COUNT>
+FUSED_OPS_DEVICE void multiply_activation_gradient(float (&grads)[COUNT], const float (&values)[COUNT],
+                                                   Activation activation) {
+#define FUSED_OPS_MULTIPLY(NAME)                                 \
+    case Activation::NAME:                                       \
+        multiply_gradient_each<Activation::NAME>(grads, values); \
+        break;
+    switch (activation) {
+        FUSED_OPS_MULTIPLY(relu)
+        FUSED_OPS_MULTIPLY(relu6)
+        FUSED_OPS_MULTIPLY(silu)
+        FUSED_OPS_MULTIPLY(gelu)
+        FUSED_OPS_MULTIPLY(gelu_tanh)
+        FUSED_OPS_MULTIPLY(hardswish)
+        case Activation::none:
+            break;
+    }
+#undef FUSED_OPS_MULTIPLY
+}
+
 }  // namespace fused_ops

@@ -27,40 +27,70 @@
 #    define FUSED_OPS_NO_UNROLL
 #endif
 
+// Names the floats of shared memory whose number the launch decides; 16-byte aligned.
+#if defined(FUSED_OPS_EMULATOR)
+#    define FUSED_OPS_DYNAMIC_SHARED(NAME) float* const NAME = ::fused_ops::emulator::dynamic_shared
+#else
+#    define FUSED_OPS_DYNAMIC_SHARED(NAME)         \
+        extern __shared__ float4 dynamic_shared[]; \
+        float* const NAME = reinterpret_cast<float*>(dynamic_shared)
+#endif
+
 namespace fused_ops {
 
 #if defined(FUSED_OPS_EMULATOR)
 
 template <typename Arguments>
-const char* launch_kernel(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, void* /*stream*/,
-                          const Arguments& arguments) {
-    return emulator::launch(blocks, threads, [&] { kernel(arguments); });
+const char* launch_kernel(const char* name, void (*kernel)(Arguments), uint32_t blocks, uint32_t threads,
+                          uint32_t shared_bytes, void* /*stream*/, const Arguments& arguments) {
+    return emulator::launch(name, blocks, threads, shared_bytes, [&] { kernel(arguments); });
 }
 
 inline int multiprocessor_count() {
     return emulator::multiprocessors;
 }
 
+inline int shared_memory_of_multiprocessor() {
+    return 100 * 1024;
+}
+
 #else
 
-// Launches on the current device and returns null, or CUDA's text about what went wrong.
+// Launches on the current device (`name` is for the emulator's record), with `shared_bytes` of shared memory
+// beside the kernel's own, and returns null, or CUDA's text about what went wrong.
 template <typename Arguments>
-const char* launch_kernel(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, void* stream,
-                          const Arguments& arguments) {
+const char* launch_kernel(const char* /*name*/, void (*kernel)(Arguments), uint32_t blocks, uint32_t threads,
+                          uint32_t shared_bytes, void* stream, const Arguments& arguments) {
     void* values[] = {const_cast<Arguments*>(&arguments)};
-    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                               dim3(threads), values, 0, static_cast<cudaStream_t>(stream));
+    const void* function = reinterpret_cast<const void*>(kernel);
+    // More than 48 KiB, of which the kernel's own may be 16, has to be asked for.
+    cudaError_t error = shared_bytes <= 32 * 1024
+                            ? cudaSuccess
+                            : cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error == cudaSuccess) {
+        error = cudaLaunchKernel(function, dim3(blocks), dim3(threads), values, shared_bytes,
+                                 static_cast<cudaStream_t>(stream));
+    }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline int multiprocessor_count() {
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
     int device = 0;
-    int count = 0;
+    int value = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-        return 1;
+        cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+        return otherwise;
     }
-    return count;
+    return value;
+}
+
+inline int multiprocessor_count() {
+    return device_attribute(cudaDevAttrMultiProcessorCount, 1);
+}
+
+inline int shared_memory_of_multiprocessor() {
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, 48 * 1024);
 }
 
 #endif

@@ -62,6 +62,23 @@ FUSED_OPS_DEVICE Vector<T, V> load_vector(const T* address) {
     return both.vector;
 }
 
+// For memory that the same launch writes.
+template <typename T, int V>
+FUSED_OPS_DEVICE Vector<T, V> load_written_vector(const T* address) {
+    using Word = typename Vector<T, V>::Word;
+    union {
+        Word word;
+        Vector<T, V> vector;
+    } both;
+#if defined(FUSED_OPS_EMULATOR)
+    emulator::record_read(address, sizeof(Word));
+    std::memcpy(&both.vector, address, sizeof(Word));
+#else
+    both.word = *reinterpret_cast<const Word*>(address);
+#endif
+    return both.vector;
+}
+
 template <typename T, int V>
 FUSED_OPS_DEVICE void store_vector(T* address, const Vector<T, V>& value) {
     using Word = typename Vector<T, V>::Word;
@@ -97,6 +114,21 @@ FUSED_OPS_DEVICE float load_element(const void* base, ScalarType type, int64_t i
             return to_float(load_vector<bfloat16, 1>(static_cast<const bfloat16*>(base) + index).elements[0]);
         default:
             return load_vector<float, 1>(static_cast<const float*>(base) + index).elements[0];
+    }
+}
+
+FUSED_OPS_DEVICE void store_element(void* base, ScalarType type, int64_t index, float value) {
+    switch (type) {
+        case ScalarType::float16:
+            store_vector(static_cast<float16*>(base) + index,
+                         Vector<float16, 1>{{from_float<float16>(value)}});
+            break;
+        case ScalarType::bfloat16:
+            store_vector(static_cast<bfloat16*>(base) + index,
+                         Vector<bfloat16, 1>{{from_float<bfloat16>(value)}});
+            break;
+        default:
+            store_vector(static_cast<float*>(base) + index, Vector<float, 1>{{value}});
     }
 }
 

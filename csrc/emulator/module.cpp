@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../depthwise/params.h"
+#include "../depthwise/arguments.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -17,68 +17,72 @@ using namespace fused_ops;
 
 namespace {
 
-const void* address(uintptr_t value) {
-    return reinterpret_cast<const void*>(value);
-}
+// A tensor as Python passes it: (address, element type, sizes, strides), or None.
+using Tensor = std::optional<std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>>;
 
-// (address, element type, stride) or None.
-using Values = std::optional<std::tuple<uintptr_t, int, int64_t>>;
-
-ChannelValues channel_values(const Values& values) {
-    if (!values) {
-        return {nullptr, ScalarType::float32, 0};
+depthwise::TensorView view(const Tensor& tensor) {
+    depthwise::TensorView result;
+    if (!tensor) {
+        return result;
     }
-    return {address(std::get<0>(*values)), static_cast<ScalarType>(std::get<1>(*values)),
-            std::get<2>(*values)};
+    const auto& [address, type, sizes, strides] = *tensor;
+    if (sizes.empty() || sizes.size() > 4 || sizes.size() != strides.size()) {
+        throw std::invalid_argument("a tensor has 1 to 4 sizes and as many strides");
+    }
+    result.data = reinterpret_cast<void*>(address);
+    result.type = static_cast<ScalarType>(type);
+    result.dimensions = static_cast<int>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), result.sizes);
+    std::copy(strides.begin(), strides.end(), result.strides);
+    return result;
 }
 
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
-
-MapStrides map_strides(const Strides& strides) {
-    return {std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
-}
-
-void depthwise_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> size,
-                       std::pair<int64_t, int64_t> out_size, std::pair<int64_t, int64_t> padding, int type,
-                       uintptr_t x, Strides x_strides, uintptr_t residual, Strides residual_strides,
-                       uintptr_t out, Strides out_strides, uintptr_t weight, int weight_type,
-                       Strides weight_strides, Values bias, Values norm_weight, Values norm_bias, Values mean,
-                       Values var, int norm, float eps, int activation, int residual_mode, bool identity,
-                       int vector_width, int tile_columns, int strip_rows) {
-    DepthwiseForwardParams params{};
-    std::tie(params.batch, params.channels, params.height, params.width) = size;
-    std::tie(params.out_height, params.out_width) = out_size;
-    std::tie(params.pad_h, params.pad_w) = padding;
-    params.type = static_cast<ScalarType>(type);
-    params.x = address(x);
-    params.x_strides = map_strides(x_strides);
-    params.residual = address(residual);
-    params.residual_strides = map_strides(residual_strides);
-    params.out = reinterpret_cast<void*>(out);
-    params.out_strides = map_strides(out_strides);
-    params.weight = {address(weight), static_cast<ScalarType>(weight_type), std::get<0>(weight_strides),
-                     std::get<1>(weight_strides), std::get<2>(weight_strides)};
-    params.bias = channel_values(bias);
-    params.norm_weight = channel_values(norm_weight);
-    params.norm_bias = channel_values(norm_bias);
-    params.mean = channel_values(mean);
-    params.var = channel_values(var);
-    params.eps = eps;
-    params.norm = static_cast<NormPlacement>(norm);
-    params.activation = static_cast<Activation>(activation);
-    params.residual_mode = static_cast<ResidualMode>(residual_mode);
-    params.identity = identity;
-    params.vector_width = vector_width;
-    params.tile_columns = tile_columns;
-    params.strip_rows = strip_rows;
-    const char* error = nullptr;
-    {
-        py::gil_scoped_release released;
-        error = launch_depthwise_forward(params, nullptr);
+template <typename Params>
+void launch(Params& params, const char* (*workspace)(const Params&, int64_t&),
+            const char* (*sequence)(const Params&, void*), const char* name) {
+    py::gil_scoped_release released;
+    int64_t floats = 0;
+    const char* error = workspace(params, floats);
+    // NaN where a kernel reads what no kernel has written.
+    std::vector<float> memory(floats, std::nanf(""));
+    params.problem.workspace = memory.data();
+    if (error == nullptr) {
+        error = sequence(params, nullptr);
     }
     if (error != nullptr) {
-        throw std::runtime_error(std::string("depthwise_forward: ") + error);
+        throw std::runtime_error(std::string(name) + ": " + error);
     }
+}
+
+void depthwise_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
+                       const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+                       const Tensor& unbiased_var, const Tensor& residual, const Tensor& out,
+                       const Tensor& raw, int64_t stride, int64_t pad_h, int64_t pad_w, int64_t norm,
+                       bool batch_stats, double eps, int64_t activation, int64_t residual_mode, bool identity,
+                       int64_t stages, int64_t tile_vector, int64_t tile_columns, int64_t tile_rows) {
+    auto params = depthwise::forward_params(
+        {view(x), view(weight), view(bias), view(norm_weight), view(norm_bias), view(mean), view(var),
+         view(unbiased_var), view(residual), view(out), view(raw)},
+        {stride, pad_h, pad_w, norm, batch_stats, eps, activation, residual_mode, identity, stages,
+         tile_vector, tile_columns, tile_rows});
+    launch(params, depthwise_forward_workspace, launch_depthwise_forward, "depthwise_forward");
+}
+
+void depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& norm_weight,
+                        const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+                        const Tensor& residual, const Tensor& raw, const Tensor& x_grad,
+                        const Tensor& weight_grad, const Tensor& bias_grad, const Tensor& norm_weight_grad,
+                        const Tensor& norm_bias_grad, const Tensor& residual_grad, const Tensor& sums,
+                        int64_t stride, int64_t pad_h, int64_t pad_w, int64_t norm, bool batch_stats,
+                        double eps, int64_t activation, int64_t residual_mode, bool identity, int64_t stages,
+                        int64_t tile_vector, int64_t tile_columns, int64_t tile_rows) {
+    auto params = depthwise::backward_params(
+        {view(grad), view(x), view(weight), view(norm_weight), view(norm_bias), view(mean), view(var),
+         view(residual), view(raw), view(x_grad), view(weight_grad), view(bias_grad), view(norm_weight_grad),
+         view(norm_bias_grad), view(residual_grad), view(sums)},
+        {stride, pad_h, pad_w, norm, batch_stats, eps, activation, residual_mode, identity, stages,
+         tile_vector, tile_columns, tile_rows});
+    launch(params, depthwise_backward_workspace, launch_depthwise_backward, "depthwise_backward");
 }
 
 py::dict traffic() {
@@ -89,6 +93,15 @@ py::dict traffic() {
     result["requested_bytes"] = now.requested_bytes;
     result["launches"] = now.launches;
     result["blocks"] = now.blocks;
+    return result;
+}
+
+// One (name, counted, block, requested bytes) per launch since the last reset.
+std::vector<std::tuple<std::string, uint64_t, uint64_t, uint64_t>> launches() {
+    std::vector<std::tuple<std::string, uint64_t, uint64_t, uint64_t>> result;
+    for (const emulator::Launch& launch : emulator::traffic.each) {
+        result.emplace_back(launch.name, launch.counted_bytes, launch.block_bytes, launch.requested_bytes);
+    }
     return result;
 }
 
@@ -123,16 +136,16 @@ py::dict codes() {
 
 PYBIND11_MODULE(fused_ops_emulator, m)
 {
-    m.doc() = "The CUDA kernels of fused_ops on CPU threads; memory is passed as raw addresses.";
-    m.def("depthwise_forward", &depthwise_forward, py::kw_only(), py::arg("size"), py::arg("out_size"),
-          py::arg("padding"), py::arg("type"), py::arg("x"), py::arg("x_strides"), py::arg("residual"),
-          py::arg("residual_strides"), py::arg("out"), py::arg("out_strides"), py::arg("weight"),
-          py::arg("weight_type"), py::arg("weight_strides"), py::arg("bias"), py::arg("norm_weight"),
-          py::arg("norm_bias"), py::arg("mean"), py::arg("var"), py::arg("norm"), py::arg("eps"),
-          py::arg("activation"), py::arg("residual_mode"), py::arg("identity"), py::arg("vector_width") = 0,
-          py::arg("tile_columns") = 0, py::arg("strip_rows") = 0);
+    m.doc() =
+        "The CUDA kernels of fused_ops on CPU threads; memory is passed as "
+        "raw addresses.";
+    m.def("depthwise_forward", &depthwise_forward, "As the torch library's operator of this name.");
+    m.def("depthwise_backward", &depthwise_backward, "As the torch library's operator of this name.");
     m.def("codes", &codes);
     m.def("traffic", &traffic, "Global memory traffic since the last reset_traffic().");
+    m.def("launches", &launches,
+          "Traffic of each launch since the last reset_traffic(): (kernel, "
+          "counted, block, requested bytes).");
     m.def("reset_traffic", [] { emulator::traffic = {}; });
     m.def(
         "touched", [] { return std::make_pair(emulator::traffic.read, emulator::traffic.written); },

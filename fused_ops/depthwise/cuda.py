@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_ops.core import library, native
+from fused_ops.core import distributed, library, native
 
 # Numbers of csrc/depthwise/params.h.
 NORMS = {"none": 0, "pre": 1, "post": 2}
 RESIDUAL_MODES = {"none": 0, "before": 1, "after": 2}
+STATISTICS_STAGE, RESULT_STAGE = 1, 2
+
+KERNEL_SIZES = (3, 5, 7)
+STRIDES = (1, 2)
+
+# Channels per thread, columns per thread, rows per strip of the convolution; 0 leaves each to the launcher.
+AUTOMATIC = (0, 0, 0)
 
 
 def can_run(call: Any) -> tuple[bool, str]:
-    """Whether the CUDA kernel can run ``call``; one sentence says why not. Looks at metadata only."""
+    """Whether the CUDA kernels can run ``call``; one sentence says why not. Looks at metadata only."""
     x = call.x
     if not x.is_cuda and not (x.device.type == "cpu" and native.emulator() is not None):
         return False, f"x is on {x.device}; the CUDA backend needs a CUDA tensor"
-    if call.needs_grad:
-        return False, "gradients are needed; the CUDA kernel has no backward"
-    if call.batch_stats:
-        return False, "batch statistics are needed; the CUDA kernel is for evaluation"
-    if call.keep_raw:
-        return False, "the convolution's own output is to be kept; the CUDA kernel does not write it"
-    if tuple(call.weight.shape[2:]) != (3, 3):
-        kernel = "x".join(map(str, call.weight.shape[2:]))
-        return False, f"the kernel is {kernel}; the CUDA kernel is for 3x3"
-    if call.stride != (1, 1):
-        return False, f"stride is {call.stride}; the CUDA kernel is for stride 1"
+    kernel = tuple(call.weight.shape[2:])
+    if kernel[0] != kernel[1] or kernel[0] not in KERNEL_SIZES:
+        return False, f"the kernel is {kernel[0]}x{kernel[1]}; the CUDA kernels are for 3x3, 5x5 and 7x7"
+    if call.stride[0] != call.stride[1] or call.stride[0] not in STRIDES:
+        return False, f"stride is {call.stride}; the CUDA kernels are for strides 1 and 2"
     if call.dilation != (1, 1):
-        return False, f"dilation is {call.dilation}; the CUDA kernel is for dilation 1"
+        return False, f"dilation is {call.dilation}; the CUDA kernels are for dilation 1"
     if x.dtype not in native.SCALAR_TYPES:
-        return False, f"x is {x.dtype}; the CUDA kernel is for float32, float16 and bfloat16"
+        return False, f"x is {x.dtype}; the CUDA kernels are for float32, float16 and bfloat16"
     if call.activation not in native.ACTIVATIONS:
-        return False, f"activation is {call.activation}; the CUDA kernel does not have it"
+        return False, f"activation is {call.activation}; the CUDA kernels do not have it"
     for name in ("weight", "bias", "norm_weight", "norm_bias", "mean", "var"):
         tensor = getattr(call, name)
         if tensor is not None and tensor.dtype not in native.SCALAR_TYPES:
-            return False, f"{name} is {tensor.dtype}; the CUDA kernel reads float32, float16 and bfloat16"
+            return False, f"{name} is {tensor.dtype}; the CUDA kernels read float32, float16 and bfloat16"
     channels = x.shape[1]
     for name, tensor in (("x", x), ("residual", call.residual)):
         if tensor is not None and channels > 1 and tensor.stride(1) != 1:
-            return False, f"{name} has strides {tensor.stride()}; the CUDA kernel reads channels_last"
+            return False, f"{name} has strides {tensor.stride()}; the CUDA kernels read channels_last"
     height, width = call.output_shape[2:]
     # Where both layouts describe the strides, and in an empty batch, the order does not matter.
     if min(x.shape[0], channels - 1, height * width - 1) > 0 and not library.is_channels_last(x):
-        return False, "the output would be in NCHW order; the CUDA kernel writes channels_last"
-    if call.identity and call.padding != (1, 1):
-        return False, f"the residual is x itself and padding is {call.padding}; the CUDA kernel needs 1"
+        return False, "the output would be in NCHW order; the CUDA kernels write channels_last"
     if min(x.shape[1:]) < 1 or min(height, width) < 1:
         return False, f"the map is empty, {tuple(x.shape)}"
+    if x.shape[0] == 0 and call.batch_stats:
+        return False, "the batch is empty and its statistics are needed; the CUDA kernels need elements"
     if x.is_cuda:
         ok, reason = native.status(x.device.index)
         if not ok:
@@ -59,75 +61,132 @@ def can_run(call: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def forward(call: Any, out: Tensor, *unasked: Tensor) -> tuple[Tensor, ...]:
-    """Run ``call`` into ``out``; the others are outputs that nobody asked for."""
+def forward(
+    call: Any,
+    out: Tensor,
+    raw: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    unbiased: Tensor,
+    *,
+    tile: Sequence[int] = AUTOMATIC,
+) -> tuple[Tensor, ...]:
+    """Launch the forward kernels of a call that :func:`can_run`; fills and returns the given outputs.
+
+    Args:
+        call: the checked call.
+        out: result (B, C, Ho, Wo).
+        raw: the convolution's own output, written where ``call.keep_raw``.
+        mean, var, unbiased: (C) float32, the batch's statistics (biased and unbiased variance) over the
+            process group, written where ``call.batch_stats``.
+        tile: channels per thread, columns per thread and rows per strip of the convolution; 0 leaves each
+            to the launcher.
+    """
     if call.x.shape[0] == 0:
-        return out, *unasked
+        return out, raw, mean, var, unbiased
+    statistics = (mean, var, unbiased) if call.batch_stats else (call.mean, call.var, None)
+    kept = raw if call.keep_raw else None
+    if kept is None and call.batch_stats and call.norm == "post":
+        kept = torch.empty_like(out)
+    tensors = (
+        call.x,
+        call.weight,
+        call.bias,
+        call.norm_weight,
+        call.norm_bias,
+        *statistics,
+        call.residual,
+        out,
+        kept,
+    )
+
+    def exchange() -> None:
+        distributed.exchange_moments(mean, var, unbiased, call.values_per_channel, call.group)
+
+    _run("depthwise_forward", call, tensors, exchange, tile)
+    return out, raw, mean, var, unbiased
+
+
+def backward(
+    call: Any,
+    grad: Tensor,
+    raw: Tensor | None,
+    needs: list[bool],
+    *gradients: Tensor,
+    tile: Sequence[int] = AUTOMATIC,
+) -> tuple[Tensor, ...]:
+    """Launch the backward kernels; fills the needed ones of the six gradients and returns all.
+
+    Args:
+        call: the forward's call, with ``mean`` and ``var`` the statistics that it normalised with.
+        grad: (B, C, Ho, Wo) in any layout; copied where channels are not side by side.
+        raw: the convolution's output, or None where nothing needs it.
+        needs: which of x, weight, bias, norm_weight, norm_bias, residual get a gradient.
+        gradients: outputs for them, absent ones empty.
+        tile: as for :func:`forward`, columns and rows counted on the output.
+    """
+    if call.x.shape[0] == 0:
+        for gradient, needed in zip(gradients, needs, strict=True):
+            if needed:
+                gradient.zero_()
+        return gradients
+    if grad.shape[1] > 1 and grad.stride(1) != 1:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    batch_pre = call.norm == "pre" and call.batch_stats
+    group = call.group
+    if batch_pre and not any(needs[index] for index in (0, 3, 4)):
+        # Nothing asked for depends on the other processes; they ask for the same and exchange nothing.
+        group = ""
+    sums = call.x.new_empty((2, call.x.shape[1]), dtype=torch.float32) if group else None
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    tensors = (
+        grad,
+        call.x,
+        call.weight,
+        call.norm_weight,
+        call.norm_bias,
+        call.mean,
+        call.var,
+        call.residual,
+        raw,
+        *wanted,
+        sums,
+    )
+
+    def exchange() -> None:
+        distributed.exchange_sums(sums, call.values_per_channel, group)
+
+    _run("depthwise_backward", call, tensors, exchange if group else None, tile)
+    return gradients
+
+
+def _run(name: str, call: Any, tensors: Sequence[Tensor | None], exchange: Any, tile: Sequence[int]) -> None:
+    """Call a launch sequence, in two stages with ``exchange`` between them for a process group."""
     if call.x.is_cuda:
-        native.library().depthwise_forward(
-            call.x,
-            call.weight,
-            call.bias,
-            call.norm_weight,
-            call.norm_bias,
-            call.mean,
-            call.var,
-            call.residual,
-            *call.padding,
-            NORMS[call.norm],
-            call.eps,
-            native.ACTIVATIONS[call.activation],
-            RESIDUAL_MODES[call.residual_mode],
-            call.identity,
-            out,
-        )
+        operator = getattr(native.library(), name)
     else:
-        emulate_forward(call, out)
-    return out, *unasked
+        operator = getattr(native.emulator(), name)
+        tensors = [_view(tensor) for tensor in tensors]
+    options = (
+        call.stride[0],
+        *call.padding,
+        NORMS[call.norm],
+        call.batch_stats,
+        call.eps,
+        native.ACTIVATIONS[call.activation],
+        RESIDUAL_MODES[call.residual_mode],
+        call.identity,
+    )
+    if call.group and exchange is not None:
+        operator(*tensors, *options, STATISTICS_STAGE, *tile)
+        exchange()
+        operator(*tensors, *options, RESULT_STAGE, *tile)
+    else:
+        operator(*tensors, *options, STATISTICS_STAGE | RESULT_STAGE, *tile)
 
 
-def _map_strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else (tensor.stride(0), tensor.stride(2), tensor.stride(3))
-
-
-def _channel_values(tensor: Tensor | None) -> tuple[int, int, int] | None:
+def _view(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """What the emulator takes for a tensor."""
     if tensor is None:
         return None
-    return (tensor.data_ptr(), native.SCALAR_TYPES[tensor.dtype], tensor.stride(0))
-
-
-@torch.no_grad()
-def emulate_forward(
-    call: Any, out: Tensor, *, vector_width: int = 0, tile_columns: int = 0, strip_rows: int = 0
-) -> Tensor:
-    """Run ``call`` on CPU tensors in the emulator; the keywords fix the launcher's choices, 0 leaves them."""
-    x, weight, residual = call.x, call.weight, call.residual
-    native.emulator().depthwise_forward(
-        size=tuple(x.shape),
-        out_size=tuple(out.shape[2:]),
-        padding=tuple(call.padding),
-        type=native.SCALAR_TYPES[x.dtype],
-        x=x.data_ptr(),
-        x_strides=_map_strides(x),
-        residual=0 if residual is None else residual.data_ptr(),
-        residual_strides=_map_strides(residual),
-        out=out.data_ptr(),
-        out_strides=_map_strides(out),
-        weight=weight.data_ptr(),
-        weight_type=native.SCALAR_TYPES[weight.dtype],
-        weight_strides=(weight.stride(0), weight.stride(2), weight.stride(3)),
-        bias=_channel_values(call.bias),
-        norm_weight=_channel_values(call.norm_weight),
-        norm_bias=_channel_values(call.norm_bias),
-        mean=_channel_values(call.mean),
-        var=_channel_values(call.var),
-        norm=NORMS[call.norm],
-        eps=call.eps,
-        activation=native.ACTIVATIONS[call.activation],
-        residual_mode=RESIDUAL_MODES[call.residual_mode],
-        identity=call.identity,
-        vector_width=vector_width,
-        tile_columns=tile_columns,
-        strip_rows=strip_rows,
-    )
-    return out
+    return tensor.data_ptr(), native.SCALAR_TYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()

@@ -717,7 +717,7 @@ def _reference_can_run(call: DepthwiseCall) -> tuple[bool, str]:
 
 
 BACKENDS = (
-    Backend("cuda", cuda.can_run, cuda.forward),
+    Backend("cuda", cuda.can_run, cuda.forward, cuda.backward),
     Backend("triton", triton.can_run, triton.forward, triton.backward),
     Backend("reference", _reference_can_run),
 )

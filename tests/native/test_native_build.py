@@ -206,7 +206,7 @@ assert schema.startswith("fused_ops_native::depthwise_forward(Tensor x,"), schem
 empty = torch.zeros(1, 8, 4, 4)
 try:
     torch.ops.fused_ops_native.depthwise_forward(
-        empty, empty, *[None] * 6, 1, 1, 0, 1e-5, 0, 0, False, empty)
+        empty, empty, *[None] * 7, empty, None, 1, 1, 1, 0, False, 1e-5, 0, 0, False, 3, 0, 0, 0)
 except NotImplementedError as error:
     print("refuses CPU tensors,", torch.__version__)
 """
@@ -283,7 +283,7 @@ def test_cmake_configures(tools, tmp_path):
     listing = subprocess.run(
         [ninja, "-C", str(tmp_path), "-t", "targets", "all"], capture_output=True, text=True
     )
-    assert "depthwise_forward_thread" in listing.stdout
+    assert "depthwise_thread" in listing.stdout
     try:
         tools.find_toolkit()
     except tools.BuildError:

@@ -13,15 +13,15 @@ SANITIZERS = [
 ]
 
 
-def run(program):
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+def run(program, *arguments):
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in result.stderr:
         pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
     return result
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["block_reduction", "depthwise_forward"])
+@pytest.mark.parametrize("program", ["block_reduction", "depthwise"])
 def test_clean(tools, sanitizer, program):
     result = run(tools.build_emulator_tests(sanitizer)[program])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -34,3 +34,13 @@ def test_a_missing_barrier_is_reported(tools):
     assert result.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in result.stderr
     assert "sum_rows" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", [1, 3])
+def test_a_barrier_that_a_kernel_needs_is_missed(tools, barrier):
+    """Barrier 1 of the backward kernel is that of its first row of gradients, 3 that of its third."""
+    result = run(tools.build_emulator_tests("thread")["depthwise"], str(barrier))
+    assert result.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in result.stderr
+    assert "depthwise_backward" in result.stderr

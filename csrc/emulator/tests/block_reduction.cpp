@@ -57,7 +57,8 @@ int check(fused_ops::emulator::Mode mode, const char* name) {
     }
     fused_ops::emulator::mode = mode;
     const Arguments arguments{input.data(), sums.data(), LENGTH};
-    if (const char* error = fused_ops::launch_kernel(&sum_rows, ROWS, THREADS, nullptr, arguments)) {
+    if (const char* error =
+            fused_ops::launch_kernel("sum_rows", &sum_rows, ROWS, THREADS, 0, nullptr, arguments)) {
         std::printf("%s: %s\n", name, error);
         return 1;
     }
