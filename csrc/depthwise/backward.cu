@@ -9,7 +9,8 @@
 //
 //     tile of a thread    strip_rows x U positions of d, S strip_rows x S U positions of x, V channels
 //     block of threads    lanes (<= 16) threads side by side over channels, times segments_per_block segments
-//                         (image, strip, block of columns) of tiles_per_segment walkers each
+//                         (image, strip, block of columns) of tiles_per_segment walkers each; `rounds` times,
+//                         where partial sums of every block would weigh much beside the maps
 //     shared memory       (K - 1) / S + 2 rows of segments x (tiles U + (K - 1) / S) positions of d x the
 //                         block's channels in float; the K x K weights and six vectors of those channels
 //
@@ -95,39 +96,20 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
     const uint32_t tiles = arguments.tiles_per_segment;
     const uint32_t block_segment = walker / tiles;
     const uint32_t tile = walker % tiles;
-    const uint32_t segment = part * arguments.segments_per_block + block_segment;
     const uint32_t channel_group = channel_block * cut.lanes + lane;
-    const bool active = block_segment < arguments.segments_per_block && segment < arguments.segments &&
-                        channel_group < cut.groups;
+    const bool has_place = block_segment < arguments.segments_per_block && channel_group < cut.groups;
     const uint32_t channel = channel_group * V;
-    const uint32_t image_strip = segment / arguments.column_blocks;
-    const uint32_t image = image_strip / arguments.strips;
-    const int strip = image_strip % arguments.strips;
-    // The segment's first row and column of x, and those of d with which they have tap 0 in common.
     const int height = static_cast<int>(p.height);
     const int map_width = static_cast<int>(p.width);
     const int out_height = static_cast<int>(p.out_height);
     const int out_width = static_cast<int>(p.out_width);
     const int pad_h = static_cast<int>(p.pad_h);
     const int pad_w = static_cast<int>(p.pad_w);
-    const int x_row0 = arguments.first_row + strip * static_cast<int>(arguments.strip_rows) * S;
-    const int x_column0 =
-        arguments.first_column + static_cast<int>(segment % arguments.column_blocks * tiles) * XU;
-    const int d_row0 = (x_row0 + pad_h) / S;
-    const int d_column0 = (x_column0 + pad_w) / S - REACH;
-    const int x_column = x_column0 + static_cast<int>(tile) * XU;
     const int segment_columns = static_cast<int>(tiles) * U + REACH;
     const int row_columns = static_cast<int>(arguments.segments_per_block) * segment_columns;
     // This lane's channels in the segment's first column of the ring's first row.
     float* const segment_ring = ring + block_segment * segment_columns * width + lane * V;
     const uint32_t row_floats = row_columns * width;
-
-    // Bit j: column j of the tile's x lies inside the map.
-    uint32_t inside = 0;
-    FUSED_OPS_UNROLL
-    for (int j = 0; j < XU; ++j) {
-        inside |= (x_column + j >= 0 && x_column + j < map_width ? 1u : 0u) << j;
-    }
 
     const bool identity = p.identity && p.residual_mode != ResidualMode::none;
     const bool add_residual = p.residual_mode == ResidualMode::before && p.activation != Activation::none;
@@ -142,290 +124,321 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
     // Sums of d, and the two sums of the norm, of the second without the factor rstd.
     float own[3][V] = {};
 
-    // The gradient before the activation at one position, and c there (see above).
-    const auto before_activation = [&](const Vector<T, V>& grad, const Vector<T, V>& raw, int row, int column,
-                                       float (&value_grad)[V], float (&centred)[V]) {
-        float value[V];
-        FUSED_OPS_UNROLL
-        for (int v = 0; v < V; ++v) {
-            value_grad[v] = to_float(grad.elements[v]);
-            value[v] = to_float(raw.elements[v]);
-            centred[v] = 0.0f;
-        }
-        if (post) {
-            float own_mean[V], own_scale[V], own_beta[V];
-            mean.read_all(lane, own_mean);
-            scale.read_all(lane, own_scale);
-            beta.read_all(lane, own_beta);
-            FUSED_OPS_UNROLL
-            for (int v = 0; v < V; ++v) {
-                centred[v] = value[v] - own_mean[v];
-                value[v] = centred[v] * own_scale[v] + own_beta[v];
-            }
-        }
-        if (add_residual) {
-            const Vector<T, V> added =
-                load_vector<T, V>(map_address<T>(residual, image, row, column, channel));
-            FUSED_OPS_UNROLL
-            for (int v = 0; v < V; ++v) {
-                value[v] += to_float(added.elements[v]);
-            }
-        }
-        multiply_activation_gradient(value_grad, value, p.activation);
-    };
-
-    const int iterations = static_cast<int>(arguments.strip_rows);
     int slot = 0;
     FUSED_OPS_NO_UNROLL
-    for (int i = -REACH; i < iterations; ++i) {
-        // One more row of d. Neighbouring walkers load neighbouring columns.
-        const int d_row = d_row0 + i;
-        const int centre_row = d_row * S - pad_h + K / 2 - x_row0;
-        const bool own_row = centre_row >= 0 && centre_row < iterations * S;
-        const bool row_inside = active && d_row >= 0 && d_row < out_height;
-        float* const row_ring = segment_ring + slot * row_floats;
-        FUSED_OPS_NO_UNROLL
-        for (int start = tile; active && start < segment_columns; start += BATCH * static_cast<int>(tiles)) {
-            Vector<T, V> grad[BATCH], raw[BATCH];
-            uint32_t valid = 0;
-            FUSED_OPS_UNROLL
-            for (int n = 0; n < BATCH; ++n) {
-                const int column = start + n * static_cast<int>(tiles);
-                const int d_column = d_column0 + column;
-                const bool ok =
-                    row_inside && column < segment_columns && d_column >= 0 && d_column < out_width;
-                valid |= (ok ? 1u : 0u) << n;
-                grad[n] = ok ? load_vector<T, V>(map_address<T>(params.grad, image, d_row, d_column, channel))
-                             : zero_vector<T, V>();
-                raw[n] = ok && has_raw
-                             ? load_vector<T, V>(map_address<T>(params.raw, image, d_row, d_column, channel))
-                             : zero_vector<T, V>();
-            }
-            FUSED_OPS_UNROLL
-            for (int n = 0; n < BATCH; ++n) {
-                const int column = start + n * static_cast<int>(tiles);
-                if (column >= segment_columns) {
-                    break;
-                }
-                float d[V] = {};
-                if (valid >> n & 1u) {
-                    float value_grad[V], centred[V];
-                    before_activation(grad[n], raw[n], d_row, d_column0 + column, value_grad, centred);
-                    FUSED_OPS_UNROLL
-                    for (int v = 0; v < V; ++v) {
-                        d[v] = value_grad[v];
-                    }
-                    if (post) {
-                        float own_scale[V], own_offset[V], own_slope[V];
-                        scale.read_all(lane, own_scale);
-                        offset.read_all(lane, own_offset);
-                        slope.read_all(lane, own_slope);
-                        FUSED_OPS_UNROLL
-                        for (int v = 0; v < V; ++v) {
-                            d[v] = d[v] * own_scale[v] - own_offset[v] - centred[v] * own_slope[v];
-                        }
-                    }
-                    const int centre_column = (d_column0 + column) * S - pad_w + K / 2 - x_column0;
-                    if (own_row && centre_column >= 0 && centre_column < static_cast<int>(tiles) * XU) {
-                        FUSED_OPS_UNROLL
-                        for (int v = 0; v < V; ++v) {
-                            own[0][v] += d[v];
-                        }
-                        if (post_sums) {
-                            FUSED_OPS_UNROLL
-                            for (int v = 0; v < V; ++v) {
-                                own[1][v] += value_grad[v];
-                                own[2][v] += value_grad[v] * centred[v];
-                            }
-                        }
-                        if (params.residual_grad.data != nullptr) {
-                            Vector<T, V> result;
-                            FUSED_OPS_UNROLL
-                            for (int v = 0; v < V; ++v) {
-                                result.elements[v] = from_float<T>(value_grad[v]);
-                            }
-                            store_vector<T, V>(mutable_address<T>(params.residual_grad, image, d_row,
-                                                                  d_column0 + column, channel),
-                                               result);
-                        }
-                    }
-                }
-                write_shared(row_ring + column * width, d);
-            }
+    for (uint32_t round = 0; round < arguments.rounds; ++round) {
+        if (round != 0) {
+            // The rows before the first step are written without a barrier; the last step may still read
+            // them.
+            __syncthreads();
         }
-        const int newest = slot;
-        slot = slot + 1 == SLOTS ? 0 : slot + 1;
-        if (i < 0) {
-            continue;
+        const uint32_t segment =
+            (part * arguments.rounds + round) * arguments.segments_per_block + block_segment;
+        const bool active = has_place && segment < arguments.segments;
+        const uint32_t image_strip = segment / arguments.column_blocks;
+        const uint32_t image = image_strip / arguments.strips;
+        const int strip = image_strip % arguments.strips;
+        // The segment's first row and column of x, and those of d with which they have tap 0 in common.
+        const int x_row0 = arguments.first_row + strip * static_cast<int>(arguments.strip_rows) * S;
+        const int x_column0 =
+            arguments.first_column + static_cast<int>(segment % arguments.column_blocks * tiles) * XU;
+        const int d_row0 = (x_row0 + pad_h) / S;
+        const int d_column0 = (x_column0 + pad_w) / S - REACH;
+        const int x_column = x_column0 + static_cast<int>(tile) * XU;
+        // Bit j: column j of the tile's x lies inside the map.
+        uint32_t inside = 0;
+        FUSED_OPS_UNROLL
+        for (int j = 0; j < XU; ++j) {
+            inside |= (x_column + j >= 0 && x_column + j < map_width ? 1u : 0u) << j;
         }
 
-        Vector<T, V> loaded[S][XU];
-        FUSED_OPS_UNROLL
-        for (int a = 0; a < S; ++a) {
-            const int row = x_row0 + i * S + a;
-            const bool ok = active && row >= 0 && row < height && need_weight;
-            const T* const source = map_address<T>(p.x, image, row, x_column, channel);
+        // The gradient before the activation at one position, and c there (see above).
+        const auto before_activation = [&](const Vector<T, V>& grad, const Vector<T, V>& raw, int row,
+                                           int column, float (&value_grad)[V], float (&centred)[V]) {
+            float value[V];
             FUSED_OPS_UNROLL
-            for (int j = 0; j < XU; ++j) {
-                loaded[a][j] = ok && (inside >> j & 1u) ? load_vector<T, V>(source + j * p.x.strides.w)
-                                                        : zero_vector<T, V>();
+            for (int v = 0; v < V; ++v) {
+                value_grad[v] = to_float(grad.elements[v]);
+                value[v] = to_float(raw.elements[v]);
+                centred[v] = 0.0f;
             }
-        }
-        // The newest row of d.
-        __syncthreads();
-        if (!active) {
-            continue;
-        }
-
-        // Row x_row0 + i S + a of x meets row d_row - m of d at tap row a + m S, and column x_column + u S +
-        // b meets column u - n of the tile at tap column b + n S.
-        FUSED_OPS_UNROLL
-        for (int a = 0; a < S; ++a) {
-            const int row = x_row0 + i * S + a;
-            if (row < 0 || row >= height) {
-                continue;
-            }
-            // What the convolution reads: the normalised x, and zero outside it.
-            float z[XU][V];
-            FUSED_OPS_UNROLL
-            for (int j = 0; j < XU; ++j) {
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    z[j][v] = to_float(loaded[a][j].elements[v]);
-                }
-            }
-            if (pre && need_weight) {
+            if (post) {
                 float own_mean[V], own_scale[V], own_beta[V];
                 mean.read_all(lane, own_mean);
                 scale.read_all(lane, own_scale);
                 beta.read_all(lane, own_beta);
                 FUSED_OPS_UNROLL
+                for (int v = 0; v < V; ++v) {
+                    centred[v] = value[v] - own_mean[v];
+                    value[v] = centred[v] * own_scale[v] + own_beta[v];
+                }
+            }
+            if (add_residual) {
+                const Vector<T, V> added =
+                    load_vector<T, V>(map_address<T>(residual, image, row, column, channel));
+                FUSED_OPS_UNROLL
+                for (int v = 0; v < V; ++v) {
+                    value[v] += to_float(added.elements[v]);
+                }
+            }
+            multiply_activation_gradient(value_grad, value, p.activation);
+        };
+
+        const int iterations = static_cast<int>(arguments.strip_rows);
+        FUSED_OPS_NO_UNROLL
+        for (int i = -REACH; i < iterations; ++i) {
+            // One more row of d. Neighbouring walkers load neighbouring columns.
+            const int d_row = d_row0 + i;
+            const int centre_row = d_row * S - pad_h + K / 2 - x_row0;
+            const bool own_row = centre_row >= 0 && centre_row < iterations * S;
+            const bool row_inside = active && d_row >= 0 && d_row < out_height;
+            float* const row_ring = segment_ring + slot * row_floats;
+            FUSED_OPS_NO_UNROLL
+            for (int start = tile; active && start < segment_columns;
+                 start += BATCH * static_cast<int>(tiles)) {
+                Vector<T, V> grad[BATCH], raw[BATCH];
+                uint32_t valid = 0;
+                FUSED_OPS_UNROLL
+                for (int n = 0; n < BATCH; ++n) {
+                    const int column = start + n * static_cast<int>(tiles);
+                    const int d_column = d_column0 + column;
+                    const bool ok =
+                        row_inside && column < segment_columns && d_column >= 0 && d_column < out_width;
+                    valid |= (ok ? 1u : 0u) << n;
+                    grad[n] =
+                        ok ? load_vector<T, V>(map_address<T>(params.grad, image, d_row, d_column, channel))
+                           : zero_vector<T, V>();
+                    raw[n] =
+                        ok && has_raw
+                            ? load_vector<T, V>(map_address<T>(params.raw, image, d_row, d_column, channel))
+                            : zero_vector<T, V>();
+                }
+                FUSED_OPS_UNROLL
+                for (int n = 0; n < BATCH; ++n) {
+                    const int column = start + n * static_cast<int>(tiles);
+                    if (column >= segment_columns) {
+                        break;
+                    }
+                    float d[V] = {};
+                    if (valid >> n & 1u) {
+                        float value_grad[V], centred[V];
+                        before_activation(grad[n], raw[n], d_row, d_column0 + column, value_grad, centred);
+                        FUSED_OPS_UNROLL
+                        for (int v = 0; v < V; ++v) {
+                            d[v] = value_grad[v];
+                        }
+                        if (post) {
+                            float own_scale[V], own_offset[V], own_slope[V];
+                            scale.read_all(lane, own_scale);
+                            offset.read_all(lane, own_offset);
+                            slope.read_all(lane, own_slope);
+                            FUSED_OPS_UNROLL
+                            for (int v = 0; v < V; ++v) {
+                                d[v] = d[v] * own_scale[v] - own_offset[v] - centred[v] * own_slope[v];
+                            }
+                        }
+                        const int centre_column = (d_column0 + column) * S - pad_w + K / 2 - x_column0;
+                        if (own_row && centre_column >= 0 && centre_column < static_cast<int>(tiles) * XU) {
+                            FUSED_OPS_UNROLL
+                            for (int v = 0; v < V; ++v) {
+                                own[0][v] += d[v];
+                            }
+                            if (post_sums) {
+                                FUSED_OPS_UNROLL
+                                for (int v = 0; v < V; ++v) {
+                                    own[1][v] += value_grad[v];
+                                    own[2][v] += value_grad[v] * centred[v];
+                                }
+                            }
+                            if (params.residual_grad.data != nullptr) {
+                                Vector<T, V> result;
+                                FUSED_OPS_UNROLL
+                                for (int v = 0; v < V; ++v) {
+                                    result.elements[v] = from_float<T>(value_grad[v]);
+                                }
+                                store_vector<T, V>(mutable_address<T>(params.residual_grad, image, d_row,
+                                                                      d_column0 + column, channel),
+                                                   result);
+                            }
+                        }
+                    }
+                    write_shared(row_ring + column * width, d);
+                }
+            }
+            const int newest = slot;
+            slot = slot + 1 == SLOTS ? 0 : slot + 1;
+            if (i < 0) {
+                continue;
+            }
+
+            Vector<T, V> loaded[S][XU];
+            FUSED_OPS_UNROLL
+            for (int a = 0; a < S; ++a) {
+                const int row = x_row0 + i * S + a;
+                const bool ok = active && row >= 0 && row < height && need_weight;
+                const T* const source = map_address<T>(p.x, image, row, x_column, channel);
+                FUSED_OPS_UNROLL
+                for (int j = 0; j < XU; ++j) {
+                    loaded[a][j] = ok && (inside >> j & 1u) ? load_vector<T, V>(source + j * p.x.strides.w)
+                                                            : zero_vector<T, V>();
+                }
+            }
+            // The newest row of d.
+            __syncthreads();
+            if (!active) {
+                continue;
+            }
+
+            // Row x_row0 + i S + a of x meets row d_row - m of d at tap row a + m S, and column x_column + u
+            // S + b meets column u - n of the tile at tap column b + n S.
+            FUSED_OPS_UNROLL
+            for (int a = 0; a < S; ++a) {
+                const int row = x_row0 + i * S + a;
+                if (row < 0 || row >= height) {
+                    continue;
+                }
+                // What the convolution reads: the normalised x, and zero outside it.
+                float z[XU][V];
+                FUSED_OPS_UNROLL
                 for (int j = 0; j < XU; ++j) {
                     FUSED_OPS_UNROLL
                     for (int v = 0; v < V; ++v) {
-                        z[j][v] =
-                            inside >> j & 1u ? (z[j][v] - own_mean[v]) * own_scale[v] + own_beta[v] : 0.0f;
+                        z[j][v] = to_float(loaded[a][j].elements[v]);
                     }
                 }
-            }
-            float x_grad[XU][V] = {};
-            const auto convolve = [&]<bool X, bool WEIGHT>() {
-                FUSED_OPS_UNROLL
-                for (int m = 0; a + m * S < K; ++m) {
-                    const int kh = a + m * S;
-                    const int read_slot = newest - m < 0 ? newest - m + SLOTS : newest - m;
-                    const float* const source = segment_ring + read_slot * row_floats + tile * U * width;
-                    [[maybe_unused]] float taps[K][V];
-                    if constexpr (X) {
-                        FUSED_OPS_UNROLL
-                        for (int kw = 0; kw < K; ++kw) {
-                            weights[kh * K + kw].read_all(lane, taps[kw]);
-                        }
-                    }
-                    // One column of d at a time: it takes fewer registers than one tap at a time.
+                if (pre && need_weight) {
+                    float own_mean[V], own_scale[V], own_beta[V];
+                    mean.read_all(lane, own_mean);
+                    scale.read_all(lane, own_scale);
+                    beta.read_all(lane, own_beta);
                     FUSED_OPS_UNROLL
-                    for (int j = 0; j < SPAN; ++j) {
-                        float d[V];
-                        read_shared(source + j * width, d);
-                        FUSED_OPS_UNROLL
-                        for (int kw = 0; kw < K; ++kw) {
-                            const int u = j - REACH + kw / S;
-                            if (u < 0 || u >= U) {
-                                continue;
-                            }
-                            FUSED_OPS_UNROLL
-                            for (int v = 0; v < V; ++v) {
-                                if constexpr (X) {
-                                    x_grad[u * S + kw % S][v] += d[v] * taps[kw][v];
-                                }
-                                if constexpr (WEIGHT) {
-                                    weight_grad[kh * K + kw][v] += z[u * S + kw % S][v] * d[v];
-                                }
-                            }
-                        }
-                    }
-                }
-            };
-            if (need_x && need_weight) {
-                convolve.template operator()<true, true>();
-            } else if (need_x) {
-                convolve.template operator()<true, false>();
-            } else if (need_weight) {
-                convolve.template operator()<false, true>();
-            }
-
-            if (!need_x) {
-                continue;
-            }
-            float own_mean[V], own_scale[V];
-            if (pre) {
-                mean.read_all(lane, own_mean);
-                scale.read_all(lane, own_scale);
-            }
-            T* const target = mutable_address<T>(params.x_grad, image, row, x_column, channel);
-            FUSED_OPS_UNROLL
-            for (int j = 0; j < XU; ++j) {
-                if (!(inside >> j & 1u)) {
-                    continue;
-                }
-                float value[V];
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    value[v] = x_grad[j][v];
-                }
-                if (pre_sums) {
-                    // Loaded anew, from L1: keeping it from above costs registers that the kernel lacks.
-                    const Vector<T, V> again =
-                        load_vector<T, V>(map_address<T>(p.x, image, row, x_column + j, channel));
-                    FUSED_OPS_UNROLL
-                    for (int v = 0; v < V; ++v) {
-                        own[1][v] += value[v];
-                        own[2][v] += value[v] * (to_float(again.elements[v]) - own_mean[v]);
-                    }
-                }
-                if (pre) {
-                    FUSED_OPS_UNROLL
-                    for (int v = 0; v < V; ++v) {
-                        value[v] *= own_scale[v];
-                    }
-                }
-                if (params.x_grad.data == nullptr) {
-                    continue;
-                }
-                if (identity) {
-                    // x is the residual too, and position (row, column) that of the output.
-                    const Vector<T, V> grad =
-                        load_vector<T, V>(map_address<T>(params.grad, image, row, x_column + j, channel));
-                    float value_grad[V];
-                    if (add_residual) {
-                        float centred[V];
-                        before_activation(
-                            grad,
-                            load_vector<T, V>(map_address<T>(params.raw, image, row, x_column + j, channel)),
-                            row, x_column + j, value_grad, centred);
-                    } else {
+                    for (int j = 0; j < XU; ++j) {
                         FUSED_OPS_UNROLL
                         for (int v = 0; v < V; ++v) {
-                            value_grad[v] = to_float(grad.elements[v]);
+                            z[j][v] = inside >> j & 1u ? (z[j][v] - own_mean[v]) * own_scale[v] + own_beta[v]
+                                                       : 0.0f;
                         }
                     }
+                }
+                float x_grad[XU][V] = {};
+                const auto convolve = [&]<bool X, bool WEIGHT>() {
+                    FUSED_OPS_UNROLL
+                    for (int m = 0; a + m * S < K; ++m) {
+                        const int kh = a + m * S;
+                        const int read_slot = newest - m < 0 ? newest - m + SLOTS : newest - m;
+                        const float* const source = segment_ring + read_slot * row_floats + tile * U * width;
+                        [[maybe_unused]] float taps[K][V];
+                        if constexpr (X) {
+                            FUSED_OPS_UNROLL
+                            for (int kw = 0; kw < K; ++kw) {
+                                weights[kh * K + kw].read_all(lane, taps[kw]);
+                            }
+                        }
+                        // One column of d at a time: it takes fewer registers than one tap at a time.
+                        FUSED_OPS_UNROLL
+                        for (int j = 0; j < SPAN; ++j) {
+                            float d[V];
+                            read_shared(source + j * width, d);
+                            FUSED_OPS_UNROLL
+                            for (int kw = 0; kw < K; ++kw) {
+                                const int u = j - REACH + kw / S;
+                                if (u < 0 || u >= U) {
+                                    continue;
+                                }
+                                FUSED_OPS_UNROLL
+                                for (int v = 0; v < V; ++v) {
+                                    if constexpr (X) {
+                                        x_grad[u * S + kw % S][v] += d[v] * taps[kw][v];
+                                    }
+                                    if constexpr (WEIGHT) {
+                                        weight_grad[kh * K + kw][v] += z[u * S + kw % S][v] * d[v];
+                                    }
+                                }
+                            }
+                        }
+                    }
+                };
+                if (need_x && need_weight) {
+                    convolve.template operator()<true, true>();
+                } else if (need_x) {
+                    convolve.template operator()<true, false>();
+                } else if (need_weight) {
+                    convolve.template operator()<false, true>();
+                }
+
+                if (!need_x) {
+                    continue;
+                }
+                float own_mean[V], own_scale[V];
+                if (pre) {
+                    mean.read_all(lane, own_mean);
+                    scale.read_all(lane, own_scale);
+                }
+                T* const target = mutable_address<T>(params.x_grad, image, row, x_column, channel);
+                FUSED_OPS_UNROLL
+                for (int j = 0; j < XU; ++j) {
+                    if (!(inside >> j & 1u)) {
+                        continue;
+                    }
+                    float value[V];
                     FUSED_OPS_UNROLL
                     for (int v = 0; v < V; ++v) {
-                        value[v] += value_grad[v];
+                        value[v] = x_grad[j][v];
                     }
+                    if (pre_sums) {
+                        // Loaded anew, from L1: keeping it from above costs registers that the kernel lacks.
+                        const Vector<T, V> again =
+                            load_vector<T, V>(map_address<T>(p.x, image, row, x_column + j, channel));
+                        FUSED_OPS_UNROLL
+                        for (int v = 0; v < V; ++v) {
+                            own[1][v] += value[v];
+                            own[2][v] += value[v] * (to_float(again.elements[v]) - own_mean[v]);
+                        }
+                    }
+                    if (pre) {
+                        FUSED_OPS_UNROLL
+                        for (int v = 0; v < V; ++v) {
+                            value[v] *= own_scale[v];
+                        }
+                    }
+                    if (params.x_grad.data == nullptr) {
+                        continue;
+                    }
+                    if (identity) {
+                        // x is the residual too, and position (row, column) that of the output.
+                        const Vector<T, V> grad =
+                            load_vector<T, V>(map_address<T>(params.grad, image, row, x_column + j, channel));
+                        float value_grad[V];
+                        if (add_residual) {
+                            float centred[V];
+                            before_activation(grad,
+                                              load_vector<T, V>(map_address<T>(params.raw, image, row,
+                                                                               x_column + j, channel)),
+                                              row, x_column + j, value_grad, centred);
+                        } else {
+                            FUSED_OPS_UNROLL
+                            for (int v = 0; v < V; ++v) {
+                                value_grad[v] = to_float(grad.elements[v]);
+                            }
+                        }
+                        FUSED_OPS_UNROLL
+                        for (int v = 0; v < V; ++v) {
+                            value[v] += value_grad[v];
+                        }
+                    }
+                    Vector<T, V> result;
+                    FUSED_OPS_UNROLL
+                    for (int v = 0; v < V; ++v) {
+                        result.elements[v] = from_float<T>(value[v]);
+                    }
+                    store_vector<T, V>(target + j * params.x_grad.strides.w, result);
                 }
-                Vector<T, V> result;
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    result.elements[v] = from_float<T>(value[v]);
-                }
-                store_vector<T, V>(target + j * params.x_grad.strides.w, result);
             }
         }
     }
 
     if (arguments.part_rows != 0) {
-        if (active && arguments.need_sums) {
+        if (has_place && arguments.need_sums) {
             float own_rstd[V];
             rstd.read_all(lane, own_rstd);
             FUSED_OPS_UNROLL

@@ -15,6 +15,8 @@
 // Lanes run fastest over channels, then over column tiles: both are contiguous in memory, so a warp's
 // accesses are whole sectors whatever the channel count is. Zero padding applies to the normalised input: a
 // padded position contributes 0 and never the norm of 0.
+#include <type_traits>
+
 #include "device.h"
 #include "unit.h"
 
@@ -24,12 +26,14 @@ namespace {
 
 using namespace depthwise;
 
-// Blocks that must fit on a multiprocessor. Left to itself the compiler aims at more and spills.
-template <int K, int V>
-constexpr int MIN_BLOCKS = K == 3 ? (V == 1 ? 7 : (V == 2 ? 5 : 3)) : (V == 1 ? 5 : 3);
+// Blocks that must fit on a multiprocessor. Left to itself the compiler aims at more and spills; converting
+// to bfloat16 takes a few registers more.
+template <typename T, int K, int V>
+constexpr int MIN_BLOCKS = K == 3 ? (V == 1 ? 7 : (V == 2 ? 5 : 3))
+                                  : (V == 1 ? 5 : (K == 5 && V == 4 && std::is_same_v<T, bfloat16> ? 2 : 3));
 
 template <typename T, int K, int S, int V, int TW, bool STATISTICS>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<K, V>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
     depthwise_forward(const __grid_constant__ ForwardArguments arguments) {
     using Table = ChannelTable<V>;
     constexpr int PART = Table::PART;

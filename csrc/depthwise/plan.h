@@ -38,13 +38,15 @@ struct ForwardArguments {
 };
 
 // Geometry of the backward convolution: segment = (image, strip, block of columns); a block has
-// `segments_per_block` of them with `tiles_per_segment` walkers each.
+// `segments_per_block` of them at once with `tiles_per_segment` walkers each, `rounds` times one after the
+// other.
 struct BackwardArguments {
     DepthwiseBackwardParams params;
     ChannelCut cut;
     uint32_t walkers_per_block;
     uint32_t tiles_per_segment;
     uint32_t segments_per_block;
+    uint32_t rounds;
     uint32_t column_blocks;
     uint32_t strips;
     uint32_t strip_rows;  // rows of the gradient

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support.contract import assert_three_way, convert, run
+from support.contract import assert_three_way, convert, named_tensors, run
 
 import fused_ops
 from fused_ops.core import library, native
@@ -15,7 +15,8 @@ from fused_ops.depthwise.op import BatchNormState
 
 OPERATOR = library.operators()["depthwise"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = itertools.cycle(("silu", "none", "relu", "gelu", "relu6", "hardswish", "gelu_tanh"))
+SMOOTH = ("silu", "none", "gelu", "gelu_tanh")
+ACTIVATIONS = ("relu", "silu", "relu6", "gelu", "hardswish", "none", "gelu_tanh")
 
 
 def make(shape, *, kernel, stride, padding, norm="none", training=False, residual="none", identity=False,
@@ -57,9 +58,7 @@ def check(arguments):
     dtype = arguments["x"].dtype
     exact, eager = convert(arguments, torch.float64), convert(arguments)
     result = run(OPERATOR, arguments, "cuda")
-    assert_three_way(
-        result, run(OPERATOR, eager, "reference"), run(OPERATOR, exact, "reference"), dtype
-    )  # fmt: skip
+    assert_three_way(result, run(OPERATOR, eager, "reference"), run(OPERATOR, exact, "reference"), dtype)
     return result
 
 
@@ -72,6 +71,10 @@ PLACEMENTS = (("none", False), ("pre", True), ("post", True), ("pre", False), ("
 def test_gradients(emulator, norm, training, kernel, stride):
     """Vector widths 1, 2, 4 and 8 by the channels, odd and even maps, padding wider and narrower."""
     residuals = itertools.cycle(("none", "before", "after"))
+    # Where a derivative jumps, rounding to half precision decides by chance which side of it a value is on.
+    activations = {
+        dtype: itertools.cycle(ACTIVATIONS if dtype == torch.float32 else SMOOTH) for dtype in DTYPES
+    }
     variants = (
         ((2, 8, 9, 7), kernel // 2, DTYPES),
         ((1, 6, 8, 10), kernel // 2 + 2, (torch.float32,)),
@@ -81,7 +84,7 @@ def test_gradients(emulator, norm, training, kernel, stride):
         for dtype in dtypes:
             check(
                 make(shape, kernel=kernel, stride=stride, padding=padding, norm=norm, training=training,
-                     residual=next(residuals), activation=next(ACTIVATIONS), dtype=dtype)
+                     residual=next(residuals), activation=next(activations[dtype]), dtype=dtype)
             )  # fmt: skip
 
 
@@ -111,7 +114,7 @@ def test_every_tile_gives_the_same_input_gradient(emulator, norm, training):
     """Strips, vector widths and blocks only change the order of the sums over the map."""
     arguments = make((2, 8, 11, 9), kernel=3, stride=1, padding=1, norm=norm, training=training,
                      activation="relu")  # fmt: skip
-    first = check(arguments)
+    first = check(convert(arguments))
     for tile in ((1, 0, 1), (2, 0, 3), (4, 0, 40), (4, 4, 5)):
         for multiprocessors in (1, 500):
             emulator.set_multiprocessors(multiprocessors)
@@ -138,7 +141,9 @@ def run_with_tile(arguments, tile):
 
 
 def launched(emulator, arguments, wanted):
-    """Kernels of the backward pass that computes only the gradients ``wanted``."""
+    """Kernels of the backward pass where only the tensors ``wanted`` ask for a gradient."""
+    for tensor in named_tensors(arguments).values():
+        tensor.requires_grad_(any(tensor is entry for entry in wanted))
     with fused_ops.backend("cuda"):
         out = OPERATOR.function(**arguments)
     emulator.reset_traffic()
@@ -195,8 +200,10 @@ def test_traffic(emulator, name):
     """Distinct bytes close to the least; halos, which L2 serves, within a third of it."""
     norm, _, training = name.partition("_")
     options = {"norm": norm, "training": bool(training), "activation": "silu"} if training else {}
+    # So many positions to a block as on a map with the batch of a real model, so few parts to merge.
+    emulator.set_multiprocessors(1)
     for kernel, stride in ((3, 1), (5, 1), (7, 1), (3, 2)):
-        arguments = make((1, 32, 28, 28), kernel=kernel, stride=stride, padding=kernel // 2, bias=False,
+        arguments = make((4, 32, 28, 28), kernel=kernel, stride=stride, padding=kernel // 2, bias=False,
                          dtype=torch.bfloat16, **options)  # fmt: skip
         for row in totals(arguments):
             least = row["least_bytes"]
