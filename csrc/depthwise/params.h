@@ -39,7 +39,7 @@ struct DepthwiseWeight {
 
 // The launcher's choices; 0 leaves each to it.
 struct DepthwiseTile {
-    int32_t vector;   // neighbouring channels per thread
+    int32_t vector;   // neighbouring channels per thread, at most
     int32_t columns;  // neighbouring columns per thread, of the output or its gradient
     int32_t rows;     // rows per strip, of the same maps
 };

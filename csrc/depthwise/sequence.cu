@@ -96,21 +96,14 @@ bool vector_is_legal(int vector, const DepthwiseProblem& p, const Maps&... maps)
            (vector_is_legal(vector, p.type, maps) && ...);
 }
 
-// The widest vector of at most `most` channels that all maps allow; `asked` fixes it.
+// The widest vector of at most `most` channels, and of at most `asked` if that is given, that all maps allow.
 template <typename... Maps>
-const char* choose_vector(int most, int asked, int& vector, const DepthwiseProblem& p, const Maps&... maps) {
-    vector = asked != 0 ? asked : most;
-    if (asked != 0) {
-        const bool known = asked == 1 || asked == 2 || asked == 4 || asked == 8;
-        return known && vector_is_legal(asked, p, maps...)
-                   ? nullptr
-                   : "vector does not divide the channels, the strides or the "
-                     "alignment";
-    }
-    while (!vector_is_legal(vector, p, maps...)) {
+int choose_vector(int most, int asked, const DepthwiseProblem& p, const Maps&... maps) {
+    int vector = most;
+    while (vector > 1 && ((asked > 0 && vector > asked) || !vector_is_legal(vector, p, maps...))) {
         vector /= 2;
     }
-    return nullptr;
+    return vector;
 }
 
 ChannelCut cut_channels(int64_t channels, int vector) {
@@ -152,10 +145,7 @@ int forward_columns(const DepthwiseProblem& p, int vector) {
 const char* plan_forward(const DepthwiseForwardParams& params, ForwardPlan& plan) {
     const DepthwiseProblem& p = params.problem;
     const int most = p.kernel == 7 ? 2 : (p.kernel == 3 && p.stride == 1 ? 8 : 4);
-    if (const char* error =
-            choose_vector(most, p.tile.vector, plan.vector, p, p.x, p.residual, params.out, params.raw)) {
-        return error;
-    }
+    plan.vector = choose_vector(most, p.tile.vector, p, p.x, p.residual, params.out, params.raw);
     plan.columns = p.tile.columns != 0 ? p.tile.columns : forward_columns(p, plan.vector);
     if (plan.columns < 1 || plan.columns > 64) {
         return "columns is not between 1 and 64";
@@ -209,11 +199,8 @@ uint32_t most_parts(const DepthwiseProblem& p, const BackwardArguments& a) {
 
 const char* plan_backward(const DepthwiseBackwardParams& params, BackwardPlan& plan) {
     const DepthwiseProblem& p = params.problem;
-    if (const char* error =
-            choose_vector(p.kernel == 3 ? 4 : 2, p.tile.vector, plan.vector, p, p.x, p.residual, params.grad,
-                          params.raw, params.x_grad, params.residual_grad)) {
-        return error;
-    }
+    plan.vector = choose_vector(p.kernel == 3 ? 4 : 2, p.tile.vector, p, p.x, p.residual, params.grad,
+                                params.raw, params.x_grad, params.residual_grad);
     plan.columns = p.tile.columns != 0 ? p.tile.columns : (p.stride == 1 ? 4 : 2);
     if (plan.columns < 1 || plan.columns > 64) {
         return "columns is not between 1 and 64";
@@ -279,9 +266,7 @@ struct PointwisePlan {
 template <typename... Maps>
 const char* plan_pointwise(const DepthwiseProblem& p, int64_t height, int64_t width, PointwisePlan& plan,
                            const Maps&... maps) {
-    if (const char* error = choose_vector(8, 0, plan.vector, p, maps...)) {
-        return error;
-    }
+    plan.vector = choose_vector(8, 0, p, maps...);
     PointwiseArguments& a = plan.arguments;
     a = {};
     a.cut = cut_channels(p.channels, plan.vector);

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_ops.core import distributed, library, native
+from fused_ops.core import distributed, library, native, tuning
 
 # Numbers of csrc/depthwise/params.h.
 NORMS = {"none": 0, "pre": 1, "post": 2}
@@ -18,7 +19,8 @@ STATISTICS_STAGE, RESULT_STAGE = 1, 2
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 
-# Channels per thread, columns per thread, rows per strip of the convolution; 0 leaves each to the launcher.
+# Channels per thread (at most), columns per thread, rows per strip of the convolution; 0 leaves each to the
+# launcher.
 AUTOMATIC = (0, 0, 0)
 
 
@@ -69,7 +71,7 @@ def forward(
     var: Tensor,
     unbiased: Tensor,
     *,
-    tile: Sequence[int] = AUTOMATIC,
+    tile: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the forward kernels of a call that :func:`can_run`; fills and returns the given outputs.
 
@@ -79,8 +81,7 @@ def forward(
         raw: the convolution's own output, written where ``call.keep_raw``.
         mean, var, unbiased: (C) float32, the batch's statistics (biased and unbiased variance) over the
             process group, written where ``call.batch_stats``.
-        tile: channels per thread, columns per thread and rows per strip of the convolution; 0 leaves each
-            to the launcher.
+        tile: see :data:`AUTOMATIC`; None for what was measured on this GPU.
     """
     if call.x.shape[0] == 0:
         return out, raw, mean, var, unbiased
@@ -113,7 +114,7 @@ def backward(
     raw: Tensor | None,
     needs: list[bool],
     *gradients: Tensor,
-    tile: Sequence[int] = AUTOMATIC,
+    tile: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the backward kernels; fills the needed ones of the six gradients and returns all.
 
@@ -160,8 +161,25 @@ def backward(
     return gradients
 
 
-def _run(name: str, call: Any, tensors: Sequence[Tensor | None], exchange: Any, tile: Sequence[int]) -> None:
+@cache
+def _tuned_name(direction: str, kernel: int, stride: int, dtype: torch.dtype) -> str:
+    """Under which the tile of a convolution is tuned."""
+    return f"{direction} cuda {kernel}x{kernel} stride {stride} {str(dtype).removeprefix('torch.')}"
+
+
+def tiles(kernel: str, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Tiles worth measuring: narrower vectors, and strips of other lengths."""
+    rows = [rows for rows in (7, 14, 28, 56) if rows <= sizes[1]] or [0]
+    return [(vector, 0, count) for vector in (1, 2, 4, 8) for count in rows]
+
+
+def _run(
+    name: str, call: Any, tensors: Sequence[Tensor | None], exchange: Any, tile: Sequence[int] | None
+) -> None:
     """Call a launch sequence, in two stages with ``exchange`` between them for a process group."""
+    if tile is None:
+        kernel = _tuned_name(name, call.kernel_size[0], call.stride[0], call.x.dtype)
+        tile = tuning.tile_of(kernel, call.sizes(), lambda: AUTOMATIC, call.x)
     if call.x.is_cuda:
         operator = getattr(native.library(), name)
     else:

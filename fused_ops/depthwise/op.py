@@ -717,8 +717,8 @@ def _reference_can_run(call: DepthwiseCall) -> tuple[bool, str]:
 
 
 BACKENDS = (
-    Backend("cuda", cuda.can_run, cuda.forward, cuda.backward),
-    Backend("triton", triton.can_run, triton.forward, triton.backward),
+    Backend("cuda", cuda.can_run, cuda.forward, cuda.backward, tiles=cuda.tiles),
+    Backend("triton", triton.can_run, triton.forward, triton.backward, tiles=triton.tiles),
     Backend("reference", _reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

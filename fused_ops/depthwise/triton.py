@@ -14,12 +14,13 @@ transposed first.
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_ops.core import backends, distributed, environment, library
+from fused_ops.core import backends, distributed, environment, library, tuning
 from fused_ops.core.statistics import finish_gradients, merge_moments
 from fused_ops.depthwise.triton_general import (
     LARGEST_FILTER,
@@ -27,6 +28,7 @@ from fused_ops.depthwise.triton_general import (
     forward_plan,
     general_backward_kernel,
     general_forward_kernel,
+    general_tiles,
     map_plan,
     transposes_filter,
 )
@@ -36,7 +38,13 @@ from fused_ops.depthwise.triton_maps import (
     post_norm_sums_kernel,
     pre_norm_finish_kernel,
 )
-from fused_ops.depthwise.triton_rows import backward_kernel, forward_kernel, rows_plan
+from fused_ops.depthwise.triton_rows import (
+    backward_kernel,
+    forward_kernel,
+    rows_plan,
+    rows_tile,
+    rows_tiles,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_ROW = 2**31
@@ -94,6 +102,32 @@ def _in_layout(tensor: Tensor | None, planes: bool) -> tuple[Tensor | None, tupl
     return tensor, strides
 
 
+@cache
+def _tuned_name(
+    direction: str,
+    walks_rows: bool,
+    planes: bool,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    dtype: torch.dtype,
+) -> str:
+    """Under which the tile of a convolution is tuned; :func:`tiles` reads it."""
+    dtype = str(dtype).removeprefix("torch.")
+    if walks_rows:
+        return f"depthwise_{direction} triton rows {dtype}"
+    pairs = (f"{name}{pair[0]}x{pair[1]}" for name, pair in (("k", kernel), ("s", stride), ("d", dilation)))
+    return f"depthwise_{direction} triton {'nchw' if planes else 'channels_last'} {' '.join(pairs)} {dtype}"
+
+
+def tiles(kernel: str, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Tiles worth measuring for a kernel, by the name under which it is tuned."""
+    direction, _, layout, *_ = kernel.removeprefix("depthwise_").split()
+    if layout == "rows":
+        return rows_tiles(sizes)
+    return general_tiles(direction, layout == "nchw", sizes)
+
+
 class _Launches:
     """The kernels that fit one call, on its shapes and layout."""
 
@@ -113,7 +147,39 @@ class _Launches:
 
     def map(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         """Sizes, grid, parts and options for kernels that do not convolve, on a map of ``shape``."""
-        return rows_plan(shape) if self.walks_rows else map_plan(shape, self.planes)
+        return rows_plan(shape, rows_tile(shape)) if self.walks_rows else map_plan(shape, self.planes)
+
+    def tile(self, direction: str) -> tuple[int, ...]:
+        """The measured tile of a convolution, or that of the rule."""
+        call = self.call
+        name = _tuned_name(
+            direction,
+            self.walks_rows,
+            self.planes,
+            call.kernel_size,
+            call.stride,
+            call.dilation,
+            call.x.dtype,
+        )
+
+        def rule() -> tuple[int, ...]:
+            if self.walks_rows:
+                return rows_tile(self.x_shape, direction == "backward")
+            return self.plan(direction, ()).tile
+
+        return tuning.tile_of(name, call.sizes(), rule, call.x)
+
+    def plan(self, direction: str, tile: tuple[int, ...]) -> Any:
+        """Plan of a convolution with this tile, or that of the rule if it is empty."""
+        call = self.call
+        geometry = (call.kernel_size, call.stride)
+        if self.walks_rows:
+            return rows_plan(self.x_shape, tile)
+        if direction == "forward":
+            return forward_plan(self.out_shape, *geometry, call.dilation, self.planes, tile)
+        return backward_plan(
+            self.x_shape, self.out_shape, *geometry, call.padding, call.dilation, self.planes, tile
+        )
 
     def floats(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, device=self.x.device)
@@ -141,11 +207,10 @@ class _Launches:
         call = self.call
         channels = self.x_shape[1]
         general = not self.walks_rows
+        plan = self.plan("forward", self.tile("forward"))
         if general:
-            plan = forward_plan(self.out_shape, call.kernel_size, call.stride, call.dilation, self.planes)
             weight, weight_strides = self.filter()
         else:
-            plan = rows_plan(self.x_shape)
             weight = call.weight.contiguous()
         buffer = self.floats(plan.parts * (2 * channels + 1)) if moments else None
         vectors = (call.norm_weight, call.norm_bias, *statistics)
@@ -336,20 +401,8 @@ def _backward(
     sums_apart = norm_sums and call.norm == "pre" and not launches.walks_rows
     if norm_sums and not sums_apart:
         columns += 2
-    if launches.walks_rows:
-        plan = rows_plan(launches.x_shape)
-        parts, x_parts = plan.parts, 0
-    else:
-        plan = backward_plan(
-            launches.x_shape,
-            launches.out_shape,
-            call.kernel_size,
-            call.stride,
-            call.padding,
-            call.dilation,
-            launches.planes,
-        )
-        parts, x_parts = plan.sum_parts, plan.x_parts
+    plan = launches.plan("backward", launches.tile("backward"))
+    parts, x_parts = (plan.parts, 0) if launches.walks_rows else (plan.sum_parts, plan.x_parts)
     x_sums_start = parts * columns * channels
     size = x_sums_start + (x_parts * 2 * channels if sums_apart else 0)
     partial = launches.floats(size) if size else None
@@ -396,6 +449,7 @@ def _backward(
             raw,
             sums,
             *outputs,
+            launches.x_shape[0],
             *launches.x_shape[2:],
             channels,
             *launches.out_shape[2:],

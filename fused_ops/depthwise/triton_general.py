@@ -25,23 +25,31 @@ from fused_ops.depthwise.triton_maps import (
     inside,
     launch_options,
     load,
+    packed,
     store_moments,
     vector,
 )
 
 
 @jit
-def _cell(index, width, strips, classes, BLOCK_W: tl.constexpr):
-    """Image, class of rows, strip of rows and columns (BLOCK_W) of one cell of a map."""
-    column_blocks = tl.cdiv(width, BLOCK_W)
-    columns = (index % column_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
-    # On NCHW maps some loads are aligned and shifted ones are not. With one access width for all of them no
-    # tile has to change its distribution over the threads on the way, which would go through shared memory.
-    columns = tl.multiple_of(columns, 1)
-    index = index // column_blocks
+def _cell(index, batch, width, strips, classes, PACK: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Image, class of rows, strip of rows and columns (BLOCK_W) of one cell of a map.
+
+    With PACK above 1 a cell has that many images, see :func:`fused_ops.depthwise.triton_maps.packed`.
+    """
+    if PACK == 1:
+        column_blocks = tl.cdiv(width, BLOCK_W)
+        columns = (index % column_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+        # On NCHW maps some loads are aligned and shifted ones are not. With one access width for all of them
+        # no tile has to change its distribution over the threads, which would go through shared memory.
+        columns = tl.multiple_of(columns, 1)
+        index = index // column_blocks
     strip = index % strips
     index = index // strips
-    return index // classes, index % classes, strip, columns
+    image = index // classes
+    if PACK > 1:
+        image, columns = packed(image, batch, BLOCK_W, PACK)
+    return image, index % classes, strip, columns
 
 
 @jit
@@ -167,7 +175,7 @@ def general_forward_kernel(
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    image, row_class, strip, columns = _cell(part, out_width, strips, classes, BLOCK_W)
+    image, row_class, strip, columns = _cell(part, 0, out_width, strips, classes, 1, BLOCK_W)
     first_row = row_class + strip * rows * STEP
     taps = _load_filter(weight_ptr, c, channels, weight_c, weight_t, KH * KW, HOIST)
     bias = vector(bias_ptr, c, channels, 0.0)[None, :]
@@ -426,6 +434,7 @@ def general_backward_kernel(
     x_grad_ptr,
     parts_ptr,
     residual_grad_ptr,
+    batch,
     height,
     width,
     channels,
@@ -489,6 +498,7 @@ def general_backward_kernel(
     GROUP: tl.constexpr,
     SUM_NEW: tl.constexpr,
     SUM_RING: tl.constexpr,
+    SUM_PACK: tl.constexpr,
     SUM_BLOCK_W: tl.constexpr,
     SUM_BLOCK_C: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -544,7 +554,7 @@ def general_backward_kernel(
             last_cell = tl.minimum((part + 1) * sum_cells_each, sum_cells)
             for cell in range(part * sum_cells_each, last_cell):
                 image, row_class, strip, columns = _cell(
-                    cell, out_width, sum_strips, sum_classes, SUM_BLOCK_W
+                    cell, batch, out_width, sum_strips, sum_classes, SUM_PACK, SUM_BLOCK_W
                 )
                 first_row = row_class + strip * sum_rows * STEP
                 # Gradients of the output rows that the next input row touches.
@@ -613,7 +623,7 @@ def general_backward_kernel(
             # of its own, so that no load is wasted on taps that the stride skips.
             skipped = pad_w % X_COLUMNS
             blocks = (width + skipped + X_COLUMNS - 1) // X_COLUMNS
-            image, row_class, strip, lanes = _cell(part, blocks, x_strips, x_classes, X_BLOCK_W)
+            image, row_class, strip, lanes = _cell(part, 0, blocks, x_strips, x_classes, 1, X_BLOCK_W)
             mean, rstd, gamma, beta, mean_grad, mean_grad_normalised = _norm_vectors(
                 norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, sums_ptr, c, channels, eps, inverse_count,
                 NORM,
@@ -712,8 +722,9 @@ def general_backward_kernel(
 
 
 class ForwardPlan(NamedTuple):
-    """Grid, parts, run-time sizes and compile-time options of a forward launch."""
+    """Tile, grid, parts, run-time sizes and compile-time options of a forward launch."""
 
+    tile: tuple[int, int]
     grid: tuple[int]
     parts: int
     sizes: tuple[int, ...]
@@ -723,6 +734,7 @@ class ForwardPlan(NamedTuple):
 class BackwardPlan(NamedTuple):
     """The same of a backward launch, whose two kinds of programs have parts of their own."""
 
+    tile: tuple[int, int, int, int]
     sum_programs: int
     sum_parts: int
     x_programs: int
@@ -747,6 +759,10 @@ class Walk(NamedTuple):
     shift: int
     classes: int
 
+
+Pair = tuple[int, int]
+Shape = tuple[int, int, int, int]
+Tile = tuple[int, ...]
 
 # Filters with more taps would unroll into kernels that take minutes to compile.
 LARGEST_FILTER = 225
@@ -795,6 +811,32 @@ def _tile(width: int, channels: int, values: int, planes: bool) -> tuple[int, in
     return block_w, block_c
 
 
+def _fitting(tile: Tile, width: int, channels: int) -> Pair:
+    """Columns and channels of a tile that was measured on a map of about this size."""
+    return min(tile[0], next_power_of_2(width)), min(tile[1], next_power_of_2(channels))
+
+
+def general_tiles(direction: str, planes: bool, sizes: tuple[int, ...]) -> list[Tile]:
+    """Tiles worth measuring for maps of these sizes (C, H, W)."""
+    channels, _, width = sizes
+    most_w = next_power_of_2(width)
+    tiles = [
+        (block_w, block_c)
+        for block_c in ((1, 2, 4, 8) if planes else (16, 32, 64))
+        for block_w in (4, 8, 16, 32, 64, 128)
+        if block_c < 2 * channels and 128 <= block_w * block_c <= 1024 and (block_w <= most_w or not planes)
+    ]
+    if direction == "forward":
+        return [tile for tile in tiles if tile[0] <= most_w]
+    # The two programs' tiles in pairs of the same size or half of it: all pairs would take hours.
+    return [
+        (*own, *other)
+        for own in tiles
+        for other in tiles
+        if other[0] <= most_w and other[1] == own[1] and own[0] in (other[0], other[0] // 2)
+    ]
+
+
 def _strips(steps: int, across: int, ring: int) -> tuple[int, int]:
     """Rows per program and strips, for ``across`` programs side by side and a walk of ``steps`` rows.
 
@@ -805,10 +847,6 @@ def _strips(steps: int, across: int, ring: int) -> tuple[int, int]:
         strips += 1
     rows = ceil_div(steps, strips)
     return rows, ceil_div(steps, rows)
-
-
-Pair = tuple[int, int]
-Shape = tuple[int, int, int, int]
 
 
 def _taps_stay(kernel: Pair, values: int, planes: bool) -> bool:
@@ -829,7 +867,9 @@ def _values(kernel: Pair, tiles: int, planes: bool, most: int = 4) -> int:
 
 
 @lru_cache(maxsize=4096)
-def map_plan(shape: Shape, planes: bool) -> tuple[tuple[int, int, int, int], tuple[int], int, dict[str, Any]]:
+def map_plan(
+    shape: Shape, planes: bool
+) -> tuple[tuple[int, int, int, int, int], tuple[int], int, dict[str, Any]]:
     """Sizes, grid, parts and options of the kernels that do not convolve, on a map (B, C, H, W)."""
     batch, channels, height, width = shape
     block_w, block_c = _tile(width, channels, 4, planes)
@@ -838,10 +878,10 @@ def map_plan(shape: Shape, planes: bool) -> tuple[tuple[int, int, int, int], tup
     rows, strips = _strips(height, across * channel_blocks, 1)
     parts = across * strips
     return (
-        (height, width, channels, rows),
+        (batch, height, width, channels, rows),
         (parts * channel_blocks,),
         parts,
-        launch_options(block_w, block_c),
+        {"PACK": 1, **launch_options(block_w, block_c)},
     )
 
 
@@ -859,14 +899,17 @@ def _convolution(kernel: Pair, stride: Pair, dilation: Pair, walk: Walk) -> dict
 
 
 @lru_cache(maxsize=4096)
-def forward_plan(out_shape: Shape, kernel: Pair, stride: Pair, dilation: Pair, planes: bool) -> ForwardPlan:
-    """Plan of the forward launch for an output (B, C, Ho, Wo)."""
+def forward_plan(
+    out_shape: Shape, kernel: Pair, stride: Pair, dilation: Pair, planes: bool, tile: Tile = ()
+) -> ForwardPlan:
+    """Plan of the forward launch for an output (B, C, Ho, Wo); ``tile``: columns, channels, or the rule's."""
     batch, channels, height, width = out_shape
     walk = _walk(kernel[0], stride[0], dilation[0])
     ring = ceil_div(kernel[0], walk.shift)
     # More where taps are loaded again and again, each for all values of a thread.
     values = _values(kernel, ring, planes, 8 if kernel[0] * kernel[1] > 9 else 4)
-    block_w, block_c = _tile(width, channels, values, planes)
+    block_w, block_c = _fitting(tile, width, channels) if tile else _tile(width, channels, values, planes)
+    values = max(1, block_w * block_c // _THREADS)
     channel_blocks = ceil_div(channels, block_c)
     classes = min(walk.classes, height)
     steps = ceil_div(height, walk.step)
@@ -875,6 +918,7 @@ def forward_plan(out_shape: Shape, kernel: Pair, stride: Pair, dilation: Pair, p
     rows, strips = (steps, 1) if classes > 1 else _strips(steps, across * channel_blocks, ring)
     parts = across * strips
     return ForwardPlan(
+        (block_w, block_c),
         (parts * channel_blocks,),
         parts,
         (rows, strips, classes),
@@ -890,9 +934,16 @@ def forward_plan(out_shape: Shape, kernel: Pair, stride: Pair, dilation: Pair, p
 
 @lru_cache(maxsize=4096)
 def backward_plan(
-    x_shape: Shape, out_shape: Shape, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, planes: bool
+    x_shape: Shape,
+    out_shape: Shape,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    planes: bool,
+    tile: Tile = (),
 ) -> BackwardPlan:
-    """Plan of the backward launch."""
+    """Plan of the backward launch; ``tile``: columns and channels of both programs, or the rule's."""
     batch, channels, height, width = x_shape
     out_height, out_width = out_shape[2:]
     walk = _walk(kernel[0], stride[0], dilation[0])
@@ -904,17 +955,31 @@ def backward_plan(
     most = 2 if planes and kernel[0] * kernel[1] > 9 else 4
     values = _power_below(128 // (group * kernel[1] + sum_ring), most)
     sum_w, sum_c = _tile(out_width, channels, values, planes)
+    sum_pack = 1
+    enough = _ENOUGH_PROGRAMS // 2
+    # Partial sums are a float32 per tap that is written and read: about 3 % of a part's bytes when the part
+    # has 34 values for each. Where so few parts leave the GPU idle, each takes fewer channels, down to whole
+    # 32-byte sectors, and as many columns more, of several images where one is too narrow.
+    affordable = batch * out_height * out_width // (34 * kernel[0] * kernel[1])
+    columns = next_power_of_2(out_width)
+    while not planes and sum_c > 16 and ceil_div(channels, sum_c) * groups * affordable < enough:
+        sum_c //= 2
+        sum_w *= 2
+    if tile:
+        sum_w, sum_c = _fitting(tile[:2], out_width if planes else out_width * batch, channels)
+    if not planes and sum_w > columns:
+        sum_pack = min(sum_w // columns, next_power_of_2(batch))
+        sum_w = sum_pack * columns
     channel_blocks = ceil_div(channels, sum_c)
     sum_classes = min(walk.classes, out_height)
     sum_steps = ceil_div(out_height, walk.step)
     sum_strips = ceil_div(sum_steps, 56)
     sum_rows = ceil_div(sum_steps, sum_strips)
     sum_strips = ceil_div(sum_steps, sum_rows)
-    cells = batch * sum_classes * sum_strips * ceil_div(out_width, sum_w)
-    # Partial sums are a float32 per tap that is written and read: about 3 % of a part's bytes when the part
-    # has 34 values for each. Fewer parts than that only where the GPU would not be busy.
-    affordable = batch * out_height * out_width // (34 * kernel[0] * kernel[1])
-    busy = ceil_div(_ENOUGH_PROGRAMS // 2, channel_blocks * groups)
+    column_blocks = ceil_div(out_width, sum_w) if sum_pack == 1 else 1
+    cells = ceil_div(batch, sum_pack) * sum_classes * sum_strips * column_blocks
+    # More parts than are affordable only where the GPU would not be busy.
+    busy = ceil_div(enough, channel_blocks * groups)
     parts = min(cells, max(busy, min(affordable, 4 * busy)))
     cells_each = ceil_div(cells, parts)
     sum_parts = ceil_div(cells, cells_each)
@@ -927,7 +992,8 @@ def backward_plan(
     x_columns = stride[1] if dilation[1] == 1 else 1
     values = _values(kernel, x_ring * x_columns, planes)
     blocks = ceil_div(width + padding[1] % x_columns, x_columns)
-    x_w, x_c = _tile(blocks, channels, values, planes)
+    x_w, x_c = _fitting(tile[2:], blocks, channels) if tile else _tile(blocks, channels, values, planes)
+    values = max(1, x_w * x_c // _THREADS)
     channel_blocks = ceil_div(channels, x_c)
     x_classes = 1 if gather or stride[0] > 1 else min(dilation[0], height)
     x_steps = height if gather else ceil_div(height + padding[0] % stride[0], x_shift * dilation[0])
@@ -937,6 +1003,7 @@ def backward_plan(
     x_programs = x_parts * channel_blocks
 
     return BackwardPlan(
+        (sum_w, sum_c, x_w, x_c),
         sum_programs,
         sum_parts,
         x_programs,
@@ -949,6 +1016,7 @@ def backward_plan(
             "GROUP": group,
             "SUM_NEW": min(walk.shift, group),
             "SUM_RING": sum_ring,
+            "SUM_PACK": sum_pack,
             "SUM_BLOCK_W": sum_w,
             "SUM_BLOCK_C": sum_c,
             "SOURCES": kernel[0] if gather else 1,

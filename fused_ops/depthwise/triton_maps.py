@@ -3,7 +3,8 @@
 Maps are (B, C, H, W) with any strides, given as four numbers in that order. A tile is
 (BLOCK_W, BLOCK_C): neighbouring columns of one row and neighbouring channels; Triton compiles a stride of 1
 in, so that the same kernel is contiguous over channels on channels_last maps and over columns on NCHW maps.
-Each kernel here walks down `rows` rows of its map.
+Each kernel here walks down `rows` rows of its map. On narrow maps a tile holds the same row of several images
+side by side (PACK), so that it is wide and yet few tiles write partial sums.
 """
 
 from __future__ import annotations
@@ -15,20 +16,38 @@ from fused_ops.core.triton_support import jit, tl
 
 
 @jit
-def program(height, width, channels, rows, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+def packed(index, batch, BLOCK_W: tl.constexpr, PACK: tl.constexpr):
+    """Images (BLOCK_W, 1) and columns (BLOCK_W) of a tile that lays PACK narrow images side by side.
+
+    ``index`` counts the groups of PACK images. Columns of images beyond the batch lie far outside the map.
+    """
+    lanes = tl.arange(0, BLOCK_W)
+    images = index * PACK + lanes // (BLOCK_W // PACK)
+    columns = tl.where(images < batch, lanes % (BLOCK_W // PACK), -(2**20))
+    return images[:, None], columns
+
+
+@jit
+def program(batch, height, width, channels, rows, PACK: tl.constexpr, BLOCK_W: tl.constexpr,
+            BLOCK_C: tl.constexpr):  # fmt: skip
     """Image, first row, columns (BLOCK_W), channels (BLOCK_C) and map part of this program.
 
-    Channel blocks vary fastest: neighbours in memory run side by side.
+    Channel blocks vary fastest: neighbours in memory run side by side. With PACK above 1 the tile holds that
+    many images, see :func:`packed`.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
-    column_blocks = tl.cdiv(width, BLOCK_W)
     strips = tl.cdiv(height, rows)
     pid = tl.program_id(0)
     part = pid // channel_blocks
-    columns = (part % column_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = (part // column_blocks) % strips * rows
-    image = part // (column_blocks * strips)
+    if PACK == 1:
+        column_blocks = tl.cdiv(width, BLOCK_W)
+        columns = (part % column_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+        row = (part // column_blocks) % strips * rows
+        image = part // (column_blocks * strips)
+    else:
+        row = part % strips * rows
+        image, columns = packed(part // strips, batch, BLOCK_W, PACK)
     return image, row, columns, c, part
 
 
@@ -72,9 +91,10 @@ def store_moments(moments_ptr, part, parts, rows_valid, ok, columns, width, firs
     They go where :func:`fused_ops.core.statistics.merge_moments` reads them: mean and M2 of each part as
     (P, 2, C), followed by P counts.
     """
-    column_count = tl.sum(tl.where(columns < width, 1.0, 0.0), axis=0)
-    # Relative to one element per channel, so that a mean far above the spread costs no digits of M2.
-    is_shift = (columns == tl.min(columns, axis=0))[:, None]
+    column_count = tl.sum(tl.where((columns >= 0) & (columns < width), 1.0, 0.0), axis=0)
+    # Relative to one element per channel, so that a mean far above the spread costs no digits of M2. A tile's
+    # first column always lies inside the map.
+    is_shift = (tl.arange(0, columns.shape[0]) == 0)[:, None]
     shift = tl.sum(tl.where(is_shift, first, 0.0), axis=0)
     mean = (first - shift[None, :]) + s1 / rows_valid
     m2 = s2 - s1 * s1 / rows_valid
@@ -94,6 +114,7 @@ def store_moments(moments_ptr, part, parts, rows_valid, ok, columns, width, firs
 def moments_kernel(
     x_ptr,
     moments_ptr,
+    batch,
     height,
     width,
     channels,
@@ -102,11 +123,12 @@ def moments_kernel(
     x_c,
     x_h,
     x_w,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """x (B, C, H, W) -> mean, M2 and count of each program's part, see :func:`store_moments`."""
-    image, row0, columns, c, part = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     s1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     first = load(x_ptr, image, row0, columns, c, x_n, x_c, x_h, x_w, height, width, channels)
@@ -131,6 +153,7 @@ def normalise_kernel(
     mean_ptr,
     var_ptr,
     out_ptr,
+    batch,
     height,
     width,
     channels,
@@ -146,11 +169,12 @@ def normalise_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """raw (B, C, H, W) -> act(BN(raw)) with the residual, row by row; raw has the strides of out."""
-    image, row0, columns, c, _ = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, _ = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     mean = vector(mean_ptr, c, channels, 0.0)[None, :]
     scale = vector(norm_weight_ptr, c, channels, 1.0)
     scale = (scale * tl.rsqrt(vector(var_ptr, c, channels, 1.0) + eps))[None, :]
@@ -243,6 +267,7 @@ def post_norm_sums_kernel(
     mean_ptr,
     var_ptr,
     parts_ptr,
+    batch,
     height,
     width,
     channels,
@@ -262,11 +287,12 @@ def post_norm_sums_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The two sums of BatchNorm's backward, per program: parts (P, 2, C) of sum g' and sum g' xhat."""
-    image, row0, columns, c, part = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     mean = vector(mean_ptr, c, channels, 0.0)[None, :]
     rstd = tl.rsqrt(vector(var_ptr, c, channels, 1.0) + eps)[None, :]
     gamma = vector(norm_weight_ptr, c, channels, 1.0)[None, :]
@@ -297,6 +323,7 @@ def pre_norm_finish_kernel(
     mean_ptr,
     var_ptr,
     sums_ptr,
+    batch,
     height,
     width,
     channels,
@@ -311,11 +338,12 @@ def pre_norm_finish_kernel(
     out_w,
     eps,
     inverse_count,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """t (B, C, H, W) -> x's gradient t - gamma rstd (m1 + xhat m2) in place; m: means of the two sums."""
-    image, row0, columns, c, _ = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, _ = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     mean = vector(mean_ptr, c, channels, 0.0)[None, :]
     rstd = tl.rsqrt(vector(var_ptr, c, channels, 1.0) + eps)[None, :]
     scale = vector(norm_weight_ptr, c, channels, 1.0)[None, :] * rstd * inverse_count

@@ -59,6 +59,7 @@ def forward_kernel(
     out_ptr,
     raw_ptr,
     moments_ptr,
+    batch,
     height,
     width,
     channels,
@@ -81,6 +82,7 @@ def forward_kernel(
     RESIDUAL: tl.constexpr,
     IDENTITY: tl.constexpr,
     ROUND: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -90,7 +92,7 @@ def forward_kernel(
     result. Writes the raw convolution too where ``raw_ptr`` is given. ROUND: what the norm sees is rounded as
     if it had been stored, so that a norm by batch statistics gives the same bits whether it was or not.
     """
-    image, row0, columns, c, part = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     MOMENTS: tl.constexpr = moments_ptr is not None
     w00, w01, w02, w10, w11, w12, w20, w21, w22 = _filter(weight_ptr, c, channels)
     bias = vector(bias_ptr, c, channels, 0.0)[None, :]
@@ -188,6 +190,7 @@ def backward_kernel(
     x_grad_ptr,
     parts_ptr,
     residual_grad_ptr,
+    batch,
     height,
     width,
     channels,
@@ -218,6 +221,7 @@ def backward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SUMS: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -230,7 +234,7 @@ def backward_kernel(
     of the gradient), its sums are those of e and of e xhat, and :func:`pre_norm_finish_kernel` does the rest.
     IDENTITY is none, before or after: where the identity branch joins.
     """
-    image, row0, columns, c, part = program(height, width, channels, rows, BLOCK_W, BLOCK_C)
+    image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     channel_ok = c < channels
     mean = tl.zeros((1, BLOCK_C), tl.float32)
     rstd = tl.full((1, BLOCK_C), 1.0, tl.float32)
@@ -372,33 +376,86 @@ class RowsPlan(NamedTuple):
     A part is what one program sees of the map; a grid has ``parts`` programs for every block of channels.
     """
 
-    sizes: tuple[int, int, int, int]
+    sizes: tuple[int, int, int, int, int]
     grid: tuple[int]
     parts: int
     meta: dict[str, Any]
 
 
+Shape = tuple[int, int, int, int]
+Tile = tuple[int, int, int]
+
 # Programs that keep every multiprocessor of a large GPU busy.
 _ENOUGH_PROGRAMS = 512
+# A tile has four values for each of 128 threads.
+_TILE = 512
 
 
 @lru_cache(maxsize=4096)
-def rows_plan(shape: tuple[int, int, int, int]) -> RowsPlan:
-    """Plan for channels_last maps (B, C, H, W), by a rule of thumb that was not measured.
+def rows_tile(shape: Shape, sums: bool = False) -> Tile:
+    """Columns, channels and rows of a program's tile for maps (B, C, H, W): a rule that was not measured.
 
     Up to 64 channels (whole 128-byte lines in half precision) and 8 columns; strips as long as leaves enough
-    programs, because each one re-reads a halo of two rows and writes its own partial sums.
+    programs, because each one re-reads a halo of two rows and writes its own partial sums. Where ``sums``,
+    those of every filter tap, would then weigh more than 9 % of three half-precision maps, fewer channels and
+    more columns, of several images where one is too narrow: as many programs, but fewer parts.
     """
     batch, channels, height, width = shape
+    columns = next_power_of_2(width)
     block_c = min(64, next_power_of_2(channels))
-    block_w = min(8 * (64 // block_c), next_power_of_2(width), 16)
-    channel_blocks, column_blocks = ceil_div(channels, block_c), ceil_div(width, block_w)
-    across = batch * column_blocks * channel_blocks
-    strips = ceil_div(height, 28)
-    while across * strips < _ENOUGH_PROGRAMS and ceil_div(height, strips) > 7:
-        strips += 1
-    rows = ceil_div(height, strips)
-    parts = batch * ceil_div(height, rows) * column_blocks
+    while True:
+        block_w = _TILE // block_c
+        if block_c == 64 or block_w <= columns:
+            block_w = min(block_w, columns, 16)
+        across = _parts_across(shape, block_w)
+        channel_blocks = ceil_div(channels, block_c)
+        strips = ceil_div(height, 28)
+        while across * channel_blocks * strips < _ENOUGH_PROGRAMS and ceil_div(height, strips) > 7:
+            strips += 1
+        rows = ceil_div(height, strips)
+        parts = across * ceil_div(height, rows)
+        # Twelve float32 sums, written and read, against three maps of two bytes.
+        if not sums or block_c <= 16 or 12 * 8 * parts <= 0.09 * 6 * batch * height * width:
+            return block_w, block_c, rows
+        block_c //= 2
+
+
+def _images(shape: Shape, block_w: int) -> int:
+    """How many images a tile with BLOCK_W lanes holds side by side."""
+    return max(1, min(block_w // next_power_of_2(shape[3]), next_power_of_2(shape[0])))
+
+
+def _parts_across(shape: Shape, block_w: int) -> int:
+    """Parts of a batch side by side in one strip."""
+    pack = _images(shape, block_w)
+    return ceil_div(shape[0], pack) * (ceil_div(shape[3], block_w) if pack == 1 else 1)
+
+
+@lru_cache(maxsize=4096)
+def rows_plan(shape: Shape, tile: Tile) -> RowsPlan:
+    """Plan for channels_last maps (B, C, H, W) with a tile of so many columns, channels and rows."""
+    batch, channels, height, width = shape
+    block_w, block_c, rows = tile
+    pack = _images(shape, block_w)
+    # A tile chosen for more images or wider maps.
+    block_w = min(block_w, pack * next_power_of_2(width))
+    rows = min(rows, height)
+    parts = _parts_across(shape, block_w) * ceil_div(height, rows)
     return RowsPlan(
-        (height, width, channels, rows), (parts * channel_blocks,), parts, launch_options(block_w, block_c)
+        (batch, height, width, channels, rows),
+        (parts * ceil_div(channels, block_c),),
+        parts,
+        {"PACK": pack, **launch_options(block_w, block_c)},
     )
+
+
+def rows_tiles(sizes: tuple[int, ...]) -> list[Tile]:
+    """Tiles worth measuring for maps of these sizes (C, H, W)."""
+    channels, height, _ = sizes
+    return [
+        (block_w, block_c, rows)
+        for block_c in (16, 32, 64, 128)
+        for block_w in (2, 4, 8, 16, 32, 64)
+        for rows in (7, 14, 28, 56)
+        if block_c < 2 * channels and 256 <= block_w * block_c <= 1024 and rows < 2 * height
+    ]

@@ -5,6 +5,7 @@ Shapes are tiny: every program costs tens of milliseconds in Triton's interprete
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from support.contract import DEVICES, assert_three_way, convert, cotangent, name
 from torch import Tensor
 
 import fused_ops
-from fused_ops.core import library
+from fused_ops.core import library, tuning
 from fused_ops.core.cases import make_map
 from fused_ops.depthwise import triton
 from fused_ops.depthwise.triton_general import backward_plan, forward_plan, map_plan
@@ -148,6 +149,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "k7": {"shape": (1, 3, 4, 3), "kernel": 7, "layout": "channels_last", "bias": True, **IDENTITY_AFTER},
     "k7_planes": {"shape": (1, 1, 3, 4), "kernel": 7},
     "k9_groups": {"shape": (1, 1, 3, 2), "kernel": (9, 9), "bias": True, **PRE},
+    "packed_images": {"shape": (5, 40, 2, 3), "layout": "channels_last", "bias": True, **PRE_TRAIN},
+    "packed_images_post": {
+        "shape": (3, 40, 2, 2),
+        "layout": "channels_last",
+        "activation": "silu",
+        "residual": "before",
+        **POST_TRAIN,
+    },
+    "packed_images_k5": {"shape": (3, 40, 2, 2), "kernel": 5, "layout": "channels_last", **POST_TRAIN},
     "one_channel": {"shape": (2, 1, 4, 3), "kernel": (3, 5), **POST_TRAIN},
     "one_pixel": {"shape": (3, 3, 1, 1), "kernel": 5, **POST_TRAIN},
 }
@@ -264,6 +274,35 @@ def test_large_offsets(device):
     torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [
+        (
+            {"shape": (3, 20, 3, 4), "layout": "channels_last", **POST_TRAIN},
+            {"forward": (16, 16, 2), "backward": (4, 32, 7)},
+        ),
+        (
+            {"shape": (2, 20, 3, 3), "kernel": 5, "layout": "channels_last", **PRE_TRAIN},
+            {"forward": (4, 16), "backward": (8, 16, 4, 32)},
+        ),
+        ({"shape": (2, 3, 3, 5), **POST_TRAIN}, {"forward": (8, 1), "backward": (64, 4, 8, 4)}),
+    ],
+)
+def test_other_tiles_are_right(options, tiles):
+    """Tiles that a file of measurements could hold, made for other sizes."""
+    require("triton", "cpu")
+    arguments = arguments_of(**options)
+    with tuning.record() as used:
+        run(OPERATOR, arguments_of(**options), "triton")
+    assert len(used) == 2
+    with contextlib.ExitStack() as stack:
+        for kernel, (sizes, _) in used.items():
+            assert all(len(tile) == len(used[kernel][1]) for tile in triton.tiles(kernel, sizes))
+            (direction,) = (name for name in tiles if f"_{name} " in kernel)
+            stack.enter_context(tuning.force(kernel, tiles[direction]))
+        assert_right(arguments, torch.float32)
+
+
 # Launches of a forward and of a backward with all gradients.
 LAUNCHES = {
     "conv": ({"bias": True}, 1, 2),
@@ -320,7 +359,7 @@ def test_plans_cover_the_map(shape, planes):
     batch, channels, height, width = shape
     sizes, grid, parts, meta = map_plan(shape, planes)
     assert grid[0] == parts * -(-channels // meta["BLOCK_C"])
-    assert parts == batch * -(-width // meta["BLOCK_W"]) * -(-height // sizes[3])
+    assert parts == batch * -(-width // meta["BLOCK_W"]) * -(-height // sizes[4])
     for kernel, stride, dilation in itertools.product((1, 3, 7, 15), (1, 2, 3), (1, 2)):
         padding = dilation * (kernel // 2)
         out = tuple((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for size in shape[2:])
