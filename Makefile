@@ -7,11 +7,14 @@ BIN := $(VENV)/bin
 # interpreter of Triton 3.6 needs numpy below 2.4, and this torch does not hold its compiler's parts together.
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy<2.4" \
 	"nvidia-nvvm==13.0.*" "nvidia-cuda-crt==13.0.*"
+# Kernels are compiled for the GPUs of this machine; where there is none, for one architecture that stands for
+# all. FUSED_OPS_CUDA_ARCHS=all makes a library for every one.
+export FUSED_OPS_CUDA_ARCHS ?= $(if $(wildcard /dev/nvidia0),native,90+PTX)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --progress-bar off
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := csrc fused_ops models train bench tests setup.py
 
-.PHONY: setup train test test-oldest test-gpu build bench lint format clean help
+.PHONY: setup train test test-oldest test-gpu resources build bench lint format clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +41,9 @@ test-oldest: ## the same under the oldest supported torch and Triton
 
 test-gpu: setup ## only the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+resources: setup ## bring the committed report of registers and spills up to date
+	$(BIN)/fused-ops bench resources --write
 
 build: setup ## compile the CUDA library again
 	$(BIN)/python csrc/build.py library

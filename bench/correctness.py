@@ -153,9 +153,9 @@ def three_way(
     """What is wrong with ``result``, or nothing.
 
     The greatest error against float64 is at most twice eager's in the same ``dtype`` (the rule of
-    flash-attention's tests), plus two roundings at the tensor's largest value; float32 gradients, sums over
-    the map, may lose four, and running statistics a few more, since eager's CPU statistics are summed in float64. A float32 gradient of
-    half-precision data is a sum of rounded terms that may cancel, so it has one rounding of the data at the
-    largest gradient's value.
+    flash-attention's tests), plus two roundings at the tensor's largest value. Float32 gradients, sums over
+    the map, may lose four, and running statistics a few more, since eager's CPU statistics are summed in
+    float64. A float32 gradient of half-precision data is a sum of rounded terms that may cancel, so it has
+    one rounding of the data at the largest gradient's value.
     """
     return "; ".join(_wrong(result, eager, exact, dtype))

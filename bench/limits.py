@@ -250,25 +250,6 @@ def issue_slots(operator: str, call: Any, direction: str) -> float:
     return DEPTHWISE_ISSUE_SLOTS[height][direction == "backward"] * batch * channels * rows * columns
 
 
-def kernel_launches(operator: str, call: Any, direction: str) -> int | None:
-    """Launches of our Triton backend for one call with every gradient; None where not known.
-
-    Tests hold this against launches recorded in the interpreter.
-    """
-    if operator != "depthwise":
-        return None
-    batch_post = call.norm == "post" and call.batch_stats
-    batch_pre = call.norm == "pre" and call.batch_stats
-    if direction == "forward":
-        # Pre-norm: moments and their merge come first; post-norm: merge and normalisation come after.
-        return 1 + 2 * (batch_post or batch_pre)
-    vectors = sum(vector is not None for vector in (call.weight, call.bias))
-    affine = call.norm_weight is not None
-    own_sums = batch_pre or (affine and not batch_post)
-    # The norm's two gradients are copied out of the sums.
-    return 1 + vectors + 2 * batch_post + own_sums + batch_pre + 2 * affine
-
-
 @contextlib.contextmanager
 def kernels_chosen(chosen: list[tuple[str, Any, str]] | None = None) -> Iterator[None]:
     """On fake tensors: operators take the backend that ``auto`` would take on a GPU that runs Triton.
@@ -555,9 +536,10 @@ def count_step(
         if backend == "reference":
             continue
         fused += 1
+        family = library.operators()[operator]
         for direction in ("forward", "backward")[: 1 + (mode == "train")]:
-            launches += kernel_launches(operator, call, direction) or 0
-            size += library.operators()[operator].least_bytes(call, direction)
+            launches += family.launch_count(call, direction) if family.launch_count else 1
+            size += family.least_bytes(call, direction)
     return Step(kind, name, shape[0], mode, provider, launches, size, fused)
 
 

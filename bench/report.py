@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fused_ops.bench import limits, results
+from fused_ops.bench import limits, resources, results
 from fused_ops.bench.dispatch import ALTERNATIVES, CONDITIONS_MEASURED, correct
 from fused_ops.bench.results import Row
 from fused_ops.core import environment
@@ -1206,7 +1206,11 @@ def _rows_of(folder: Path, name: str, wanted: bool, models: Sequence[str]) -> li
     """Rows of what is counted: made if wanted, else those of the results folder, else None."""
     if not wanted:
         path = folder / f"{name}.json"
-        return _read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if name == "resources":
+            return [asdict(row) for row in resources.read_report(path)[1]]
+        return _read_json(path)
     if name == "steps":
         return [asdict(step) for step in [*limits.block_steps(), *limits.model_steps(models)]]
     # Processes of their own: counting needs Triton's interpreter, compiling needs it off.

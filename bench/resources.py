@@ -7,6 +7,7 @@ python -m fused_ops.bench.resources --backend triton --archs 80 90
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_ops.core import library, native
+from fused_ops.core.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,14 @@ def _usage(cuobjdump: Path, path: str | Path, op: str, backend: str) -> list[Res
     return parse_resource_usage(texts[0], op, backend, parse_threads(texts[1]))
 
 
-def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
+def native_resources(
+    archs: Sequence[str] | None = None, families: Sequence[str] | None = None
+) -> list[Resources]:
     """Compiles every CUDA kernel, all template instances, and reads what each uses.
 
     Args:
         archs: e.g. ``["80", "90"]``; None for all that the project supports.
+        families: operators whose kernels are read; None for all.
 
     Raises:
         RuntimeError: there is no compiler or no cuobjdump; the message says which.
@@ -198,15 +203,20 @@ def native_resources(archs: Sequence[str] | None = None) -> list[Resources]:
     cuobjdump = find_cuobjdump()
     rows = []
     for unit in tools.UNITS:
-        rows += _usage(cuobjdump, objects[unit.name], Path(unit.source).parts[0], "cuda")
+        family = Path(unit.source).parts[0]
+        if families is None or family in families:
+            rows += _usage(cuobjdump, objects[unit.name], family, "cuda")
     return rows
 
 
-def triton_resources(archs: Sequence[str] | None = None) -> list[Resources]:
+def triton_resources(
+    archs: Sequence[str] | None = None, families: Sequence[str] | None = None
+) -> list[Resources]:
     """Compiles the Triton kernels that the operators' sample calls launch, and reads what each uses.
 
     Args:
         archs: e.g. ``["80", "90"]``; None for all that the project supports.
+        families: operators whose kernels are compiled; None for all.
 
     Raises:
         RuntimeError: Triton is interpreting in this process, or there is no cuobjdump.
@@ -216,6 +226,8 @@ def triton_resources(archs: Sequence[str] | None = None) -> list[Resources]:
     cuobjdump = find_cuobjdump()
     rows = []
     for operator in library.operators().values():
+        if families is not None and operator.name not in families:
+            continue
         for kernel in specialisations(operator, torch.bfloat16):
             for arch in archs or native.build_tools().SUPPORTED_ARCHITECTURES:
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -285,14 +297,67 @@ def format_changes(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def committed(backend: str | None, archs: Sequence[str] | None, path: Path | None = None) -> list[Resources]:
-    """The rows of the committed report, ``bench/results/resources.json``, for these kernels."""
+PACKAGE = Path(library.__file__).resolve().parents[1]
+
+
+def source_digests() -> dict[str, str]:
+    """``"<family> <backend>"`` -> digest of the files from which that family's kernels are compiled."""
+    found: dict[str, list[Path]] = {}
+    for unit in native.build_tools().UNITS:
+        folder = native.SOURCES / Path(unit.source).parts[0]
+        files = [path for place in (folder, native.SOURCES / "common") for path in place.iterdir()]
+        found[f"{folder.name} cuda"] = [path for path in files if path.suffix in (".cu", ".h")]
+    shared = [PACKAGE / "core" / f"{name}.py" for name in ("activations", "statistics", "triton_support")]
+    for name in library.operators():
+        if files := list((PACKAGE / name).glob("triton*.py")):
+            found[f"{name} triton"] = files + shared
+    return {
+        family: hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+        for family, files in found.items()
+    }
+
+
+def report_path() -> Path:
     from fused_ops.bench.results import results_root
 
-    path = path or results_root() / "resources.json"
-    rows = [Resources(**row) for row in json.loads(path.read_text())]
+    return results_root() / "resources.json"
+
+
+def read_report(path: Path) -> tuple[dict[str, str], list[Resources]]:
+    """Digests and rows of a report that :func:`write_report` wrote; nothing where there is none."""
+    if not path.is_file():
+        return {}, []
+    content = json.loads(path.read_text())
+    return content["sources"], [Resources(**row) for row in content["rows"]]
+
+
+def committed(backend: str | None, archs: Sequence[str] | None, path: Path | None = None) -> list[Resources]:
+    """The rows of the committed report, ``bench/results/resources.json``, for these kernels."""
+    _, rows = read_report(path or report_path())
     wanted = {f"sm_{arch}" for arch in archs or ()}
     return [row for row in rows if backend in (None, row.backend) and (not wanted or row.arch in wanted)]
+
+
+def write_report(path: Path) -> list[str]:
+    """Bring a report up to date: families whose sources changed are compiled, for every architecture.
+
+    Returns:
+        The families that were compiled, as in :func:`source_digests`.
+    """
+    digests = source_digests()
+    known, rows = read_report(path)
+    stale = [family for family, digest in digests.items() if known.get(family) != digest]
+    kept = [row for row in rows if f"{row.op} {row.backend}" in digests.keys() - set(stale)]
+    for backend, compiled in (("cuda", native_resources), ("triton", triton_resources)):
+        families = [name for name, _, of in (family.partition(" ") for family in stale) if of == backend]
+        if families:
+            kept += compiled(None, families)
+    kept.sort(key=lambda row: (row.op, row.backend, row.kernel, row.config, row.arch))
+    # One row to a line: a file that can be compared and is not ten times as long.
+    lines = ",\n".join(json.dumps(asdict(row)) for row in kept)
+    text = f'{{"sources": {json.dumps(digests, sort_keys=True)},\n"rows": [\n{lines}\n]}}\n'
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return stale
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,9 +368,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--changes", action="store_true", help="print only what differs from the committed report"
     )
+    parser.add_argument(
+        "--write", action="store_true", help="bring the committed report up to date, for every architecture"
+    )
     options = parser.parse_args(arguments)
     rows = []
     try:
+        if options.write:
+            stale = write_report(report_path())
+            print(f"{report_path()}: compiled {', '.join(stale) or 'nothing, it is up to date'}")
+            return 1 if any(row.spill_bytes for row in committed(None, None)) else 0
         if options.backend != "triton":
             rows += native_resources(options.archs)
         if options.backend != "cuda":

@@ -259,12 +259,14 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
                 for (int v = 0; v < V; ++v) {
                     rounded.elements[v] = from_float<T>(values[v]);
                 }
-                store_vector<T, V>(static_cast<T*>(arguments.params.raw.data) + raw_offset +
-                                       t * arguments.params.raw.strides.w,
-                                   rounded);
+                if (arguments.params.raw.data != nullptr) {
+                    store_vector<T, V>(static_cast<T*>(arguments.params.raw.data) + raw_offset +
+                                           t * arguments.params.raw.strides.w,
+                                       rounded);
+                }
                 if constexpr (STATISTICS) {
-                    // Moments of what was stored: the normalised values then have mean 0. They are taken
-                    // relative to the strip's first value, so that a large mean costs no digits.
+                    // Moments of what is stored, or would be: the normalised values then have mean 0. They
+                    // are taken relative to the strip's first value, so that a large mean costs no digits.
                     FUSED_OPS_UNROLL
                     for (int v = 0; v < V; ++v) {
                         const float value = to_float(rounded.elements[v]);
@@ -278,6 +280,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
                 }
             }
             if constexpr (!STATISTICS) {
+                if (post && p.batch_stats) {
+                    // Convolved a second time rather than stored: the same values as the statistics saw.
+                    FUSED_OPS_UNROLL
+                    for (int v = 0; v < V; ++v) {
+                        values[v] = to_float(from_float<T>(values[v]));
+                    }
+                }
                 if (post) {
                     FUSED_OPS_UNROLL
                     for (int part = 0; part < PARTS; ++part) {

@@ -78,7 +78,8 @@ struct DepthwiseProblem {
 struct DepthwiseForwardParams {
     DepthwiseProblem problem;
     Map out;
-    // The convolution's own output. Needed for batch statistics after it, otherwise written where not null.
+    // The convolution's own output, written where not null. With batch statistics after it, the convolution
+    // runs twice where it is null.
     Map raw;
     float* unbiased_var;  // (channels), with batch_stats
 };

@@ -1,7 +1,8 @@
 // The launch sequences of the depthwise operator: checks, choice of tiles, workspace, and which kernels run
 // in which order. Host code only.
 //
-//     forward    batch statistics after the convolution: convolution with moments, merge, normalise
+//     forward    batch statistics after the convolution: convolution with moments, merge, normalise (or the
+//                convolution once more, where its output is not stored)
 //                batch statistics before it: moments, merge, convolution
 //                otherwise: convolution
 //     backward   batch statistics after the convolution: sums of the norm, merge, gradients, merge
@@ -356,6 +357,7 @@ struct ForwardSequence {
     ForwardPlan convolution;
     PointwisePlan moments, normalise;
     uint32_t parts = 0;
+    bool convolves_twice = false;
 
     const char* plan(const DepthwiseForwardParams& params) {
         const DepthwiseProblem& p = params.problem;
@@ -367,7 +369,7 @@ struct ForwardSequence {
         if (p.batch == 0) {
             return p.batch_stats ? "the batch is empty and its statistics are needed" : nullptr;
         }
-        if (params.out.data == nullptr || (batch_after(p) && params.raw.data == nullptr)) {
+        if (params.out.data == nullptr) {
             return "output is missing";
         }
         if (p.batch_stats && params.unbiased_var == nullptr) {
@@ -380,12 +382,15 @@ struct ForwardSequence {
             parts = moments.parts;
         }
         if (batch_after(p)) {
+            parts = convolution.parts;
+        }
+        convolves_twice = batch_after(p) && params.raw.data == nullptr;
+        if (batch_after(p) && !convolves_twice) {
             const Map& residual = p.identity ? p.x : p.residual;
             FUSED_OPS_TRY(
                 plan_pointwise(p, p.out_height, p.out_width, normalise, params.raw, residual, params.out));
             normalise.arguments.source = params.raw;
             normalise.arguments.target = params.out;
-            parts = convolution.parts;
         }
         return nullptr;
     }
@@ -417,8 +422,8 @@ struct ForwardSequence {
         if ((p.stages & RESULT_STAGE) == 0) {
             return nullptr;
         }
-        return batch_after(p) ? run(normalise, PointwiseKernel::normalise, p.type, stream)
-                              : run(convolution, false, stream);
+        return batch_after(p) && !convolves_twice ? run(normalise, PointwiseKernel::normalise, p.type, stream)
+                                                  : run(convolution, false, stream);
     }
 };
 

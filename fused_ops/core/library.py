@@ -28,6 +28,8 @@ class Operator:
         least_bytes: ``least_bytes(call, direction) -> int``, the bytes that the operator has to move through
             memory for the schedule that it uses; ``direction`` is ``forward`` or ``backward``.
         overloads: the torch operators behind it.
+        launch_count: ``launch_count(call, direction) -> int``, launches of the Triton backend for a call with
+            every gradient; None where not known.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Operator:
     cases: Callable[[], Sequence[Any]]
     least_bytes: Callable[[Any, str], int]
     overloads: tuple[Any, ...]
+    launch_count: Callable[[Any, str], int] | None = None
 
 
 def register(operator: Operator) -> Operator:

@@ -163,6 +163,25 @@ def cases() -> Sequence[Case]:
             "post_eval_relu6": {**post, "activation": "relu6"},
         }.items()
     ]
+    counted += [
+        _case(f"{tag}_{name}", shape, tag, **options)
+        for tag, shape in (("traffic", (1, 16, 28, 28)), ("resources", (2, 64, 16, 16)))
+        for name, options in {
+            "kernel5_train": {**post_train, "kernel": 5, "activation": "silu"},
+            "kernel7": {"kernel": 7, "bias": True},
+            "stride2_train": {**post_train, "stride": 2, "padding": 1, "activation": "silu"},
+            "kernel5_stride2": {"kernel": 5, "stride": 2, "padding": 2},
+        }.items()
+    ]
+    # In PyTorch's default layout, which kernels see from the arguments.
+    counted += [
+        _case(f"resources_nchw_{name}", (2, 64, 16, 16), "resources", layout="nchw", **options)
+        for name, options in {
+            "train": {**post_train, "activation": "silu"},
+            "kernel7": {"kernel": 7, "bias": True},
+            "stride2_pre": {**pre_train, "stride": 2, "padding": 1},
+        }.items()
+    ]
     # Stage sizes of DS-Net at 224 (positional convolution on d channels, local branch on d / 2).
     stages = ((64, 56, 3), (128, 28, 4), (320, 14, 8), (512, 7, 3))
     model = [

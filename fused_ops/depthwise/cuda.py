@@ -87,7 +87,7 @@ def forward(
         return out, raw, mean, var, unbiased
     statistics = (mean, var, unbiased) if call.batch_stats else (call.mean, call.var, None)
     kept = raw if call.keep_raw else None
-    if kept is None and call.batch_stats and call.norm == "post":
+    if kept is None and call.batch_stats and call.norm == "post" and not call.convolves_twice:
         kept = torch.empty_like(out)
     tensors = (
         call.x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,6 +121,18 @@ class DepthwiseCall:
         """How many values of a channel the norm sees in this process."""
         batch, _, height, width = self.output_shape if self.norm == "post" else self.x.shape
         return batch * height * width
+
+    @property
+    def convolves_twice(self) -> bool:
+        """Whether post-norm by batch statistics convolves again rather than store what it normalises.
+
+        That saves a write and a read of the convolution's output for one more read of x: less traffic as long
+        as x is smaller than two outputs. Large filters are bound by their arithmetic, not by traffic.
+        """
+        if self.keep_raw or self.norm != "post" or not self.batch_stats:
+            return False
+        taps = self.weight.shape[2] * self.weight.shape[3]
+        return taps <= 9 and self.x.numel() < 2 * math.prod(self.output_shape)
 
     def kind(self) -> dict[str, Any]:
         """What measurements of one call say about another depends on, apart from sizes."""
@@ -678,11 +691,11 @@ def _backward_flops(grad_shape, x_shape, weight_shape, *arguments, out_shape=Non
 def least_bytes(call: DepthwiseCall, direction: str) -> int:
     """Bytes that the schedule in use has to move through memory; per-channel vectors are left out.
 
-    Forward: one read of x and one write of the output; batch statistics cost one more read (pre-norm), or
-    one write and read of the convolution's output (post-norm). Backward, with all gradients: the gradient
-    and x are read and x's gradient is written; post-norm reads the gradient and the convolution's output
-    twice (the two BatchNorm sums come before anything that uses them); pre-norm with batch statistics
-    writes and reads its partial input gradient once more and x again.
+    Forward: one read of x and one write of the output. Batch statistics cost one more read of x (pre-norm,
+    and post-norm that convolves twice), or one write and read of the convolution's output (post-norm).
+    Backward, with all gradients: the gradient and x are read and x's gradient is written; post-norm reads the
+    gradient and the convolution's output twice (the two BatchNorm sums come before anything that uses them);
+    pre-norm with batch statistics writes and reads its partial input gradient once more and x again.
     """
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction={direction!r} is not allowed; use 'forward' or 'backward'")
@@ -696,7 +709,7 @@ def least_bytes(call: DepthwiseCall, direction: str) -> int:
     if direction == "forward":
         total = x + out + separate * out
         if batch_post:
-            total += 2 * out
+            total += x if call.convolves_twice else 2 * out
         elif call.keep_raw:
             total += out
         return total + batch_pre * x
@@ -735,5 +748,7 @@ BACKWARD = library.define(
     _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
 )
 OPERATOR = library.register(
-    library.Operator("depthwise", depthwise_conv, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD))
+    library.Operator(
+        "depthwise", depthwise_conv, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD), triton.launch_count
+    )
 )

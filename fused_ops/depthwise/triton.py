@@ -261,18 +261,6 @@ def forward(
     return out, raw, mean, var, unbiased
 
 
-def convolves_twice(call: Any) -> bool:
-    """Whether post-norm by batch statistics convolves again rather than store what it normalises.
-
-    That saves a write and a read of the convolution's output for one more read of x: less traffic as long as
-    x is smaller than two outputs. Large filters are bound by their arithmetic, not by traffic.
-    """
-    taps = call.kernel_size[0] * call.kernel_size[1]
-    batch, channels, height, width = call.output_shape
-    smaller = call.x.numel() < 2 * batch * channels * height * width
-    return call.norm == "post" and call.batch_stats and not call.keep_raw and taps <= 9 and smaller
-
-
 def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor) -> None:
     launches = _Launches(call)
     kept = raw if call.keep_raw else None
@@ -287,7 +275,7 @@ def _forward(call: Any, out: Tensor, raw: Tensor, mean: Tensor, var: Tensor, unb
         launches.convolve(out, "pre", (mean, var), raw=kept)
         return
     # Statistics of what is stored, or would be: the normalised values then have mean 0 exactly.
-    if convolves_twice(call):
+    if call.convolves_twice:
         moments = launches.convolve(out, "post", (None, None), moments=True, rounds=True)
         _merge(call, moments, mean, var, unbiased)
         launches.convolve(out, "post", (mean, var), rounds=True)
@@ -506,6 +494,18 @@ def _backward(
             inverse_count,
             **meta,
         )
+
+
+def launch_count(call: Any, direction: str) -> int:
+    """Launches of one call with every gradient. Tests hold it against launches that were recorded."""
+    batch_post = call.norm == "post" and call.batch_stats
+    batch_pre = call.norm == "pre" and call.batch_stats
+    planes = not _walks_rows(call) and not library.is_channels_last(call.x)
+    transposed = not _walks_rows(call) and transposes_filter(call.kernel_size, planes)
+    if direction == "forward":
+        return 1 + transposed + 2 * (batch_post or batch_pre) + (transposed and call.convolves_twice)
+    again = call.needs_raw and not call.keep_raw
+    return 2 + transposed + 2 * batch_post + batch_pre + again * (1 + transposed)
 
 
 def _device_of(x: Tensor) -> Any:

@@ -9,6 +9,7 @@ import pytest
 
 from fused_ops.bench import resources
 from fused_ops.bench.resources import Resources
+from fused_ops.core import native
 
 ROW = Resources("depthwise", "cuda", "forward", "float, 4", "sm_90", 64, 0, 1024)
 
@@ -63,8 +64,50 @@ def test_changes_name_what_is_new_gone_and_different():
 def test_changes_are_against_the_committed_report(tmp_path):
     other = dataclasses.replace(ROW, arch="sm_80", backend="triton")
     path = tmp_path / "resources.json"
-    path.write_text(json.dumps([dataclasses.asdict(row) for row in (ROW, other)]))
+    rows = [dataclasses.asdict(row) for row in (ROW, other)]
+    path.write_text(json.dumps({"sources": {}, "rows": rows}))
     assert resources.committed(None, None, path) == [ROW, other]
     assert resources.committed("cuda", None, path) == [ROW]
     assert resources.committed(None, ["80"], path) == [other]
     assert resources.committed(None, None)
+
+
+def test_the_report_is_brought_up_to_date_family_by_family(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_all(backend):
+        def rows(archs, families):
+            compiled.append((backend, families))
+            return [dataclasses.replace(ROW, op=family, backend=backend) for family in families]
+
+        return rows
+
+    monkeypatch.setattr(resources, "native_resources", compile_all("cuda"))
+    monkeypatch.setattr(resources, "triton_resources", compile_all("triton"))
+    digests = {"sample cuda": "1", "sample triton": "1", "other triton": "1"}
+    monkeypatch.setattr(resources, "source_digests", lambda: digests)
+    path = tmp_path / "resources.json"
+    assert resources.write_report(path) == list(digests)
+    assert compiled == [("cuda", ["sample"]), ("triton", ["sample", "other"])]
+    compiled.clear()
+    assert resources.write_report(path) == []
+    digests = {"sample cuda": "1", "sample triton": "2"}
+    assert resources.write_report(path) == ["sample triton"]
+    assert compiled == [("triton", ["sample"])]
+    known, rows = resources.read_report(path)
+    assert known == digests
+    assert [(row.op, row.backend) for row in rows] == [("sample", "cuda"), ("sample", "triton")]
+
+
+def test_the_committed_report_is_of_these_kernels():
+    """For every architecture, without spills. `fused-ops bench resources --write` brings it up to date."""
+    known, rows = resources.read_report(resources.report_path())
+    assert known == resources.source_digests()
+    assert {(row.op, row.backend, row.arch) for row in rows} == {
+        (*family.split(), f"sm_{arch}")
+        for family in known
+        for arch in native.build_tools().SUPPORTED_ARCHITECTURES
+    }
+    assert not [row for row in rows if row.spill_bytes]
+    # 255 registers are the limit of a thread; what is left is room for the compiler of another version.
+    assert max(row.registers for row in rows) <= 240

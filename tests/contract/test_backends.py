@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_ops
-from fused_ops.core import backends
+from fused_ops.core import backends, dispatch
 from fused_ops.core.backends import Backend, BackendUnavailableError
 
 
@@ -45,7 +45,13 @@ def backend(name: str, ok: bool) -> Backend:
     return Backend(name, lambda call: (ok, "" if ok else f"{name} is out of order"))
 
 
-def test_auto_takes_the_first_that_can_run():
+@pytest.fixture
+def unmeasured_gpu(monkeypatch):
+    """The GPU of :class:`Call`, of which nothing was measured."""
+    monkeypatch.setattr(dispatch, "is_measured", lambda operator, device: False)
+
+
+def test_auto_takes_the_first_that_can_run(unmeasured_gpu):
     listed = (backend("cuda", False), backend("triton", True), backend("reference", True))
     with backends.record() as choices:
         assert backends.choose("sample", listed, Call()).name == "triton"
@@ -89,7 +95,7 @@ def test_unknown_backend_is_named():
         fused_ops.backend("tritton").__enter__()
 
 
-def test_fallback_on_a_gpu_is_said_once(monkeypatch):
+def test_fallback_on_a_gpu_is_said_once(unmeasured_gpu, monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     listed = (backend("triton", False), backend("reference", True))
     with pytest.warns(RuntimeWarning, match="runs on the reference path .*triton is out of order"):
@@ -120,7 +126,7 @@ def test_import_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch, fused_ops
-        from fused_ops.core import backends
+        from fused_ops.core import backends, dispatch
         out = fused_ops.depthwise_conv(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3))
         assert out.shape == (1, 4, 3, 3)
         ok, reason = backends.status()["triton"]
@@ -179,7 +185,7 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 8, 1)
-        self.block = torch.nn.Sequential(fused_ops.DepthwiseConvBNAct(8), fused_ops.DepthwiseConvBNAct(8, 5))
+        self.block = torch.nn.Sequential(fused_ops.DepthwiseConvBNAct(8), fused_ops.DepthwiseConvBNAct(8, 17))
 
     def forward(self, x):
         return self.block(self.stem(x))
@@ -192,12 +198,12 @@ def test_explain_names_every_call_and_reason():
     rows = explanation.rows()
     assert [row["module"] for row in rows] == ["block.0", "block.1"]
     assert [row["backend"] for row in rows] == ["reference", "reference"]
-    assert rows[1]["call"].startswith("5x5 stride 1 on (2, 8, 9, 9) float32")
+    assert rows[1]["call"].startswith("17x17 stride 1 on (2, 8, 9, 9) float32")
     assert all(set(row["rejected"]) == {"triton", "cuda"} for row in rows)
     text = str(explanation)
-    assert "block.1  reference  depthwise 5x5" in text
+    assert "block.1  reference  depthwise 17x17" in text
     assert "2 x reference: first in the order" in text
-    assert "1 x not triton: the kernel is 5x5" in text
+    assert "1 x not triton: the kernel is 17x17" in text
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), f"explain changed {name}"
 

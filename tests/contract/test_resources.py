@@ -1,4 +1,4 @@
-"""Registers and spills of the Triton kernels, compiled for every architecture without a GPU."""
+"""Registers and spills of the Triton kernels, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
-def test_triton_kernels_do_not_spill(arch):
+def test_triton_kernels_do_not_spill():
+    """With the compiler of this machine, for one architecture; the committed report has all of them."""
     # In a process of its own: where the interpreter is on, nothing can be compiled.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "fused_ops.bench.resources", "--backend", "triton", "--archs", arch, "--json"],
+        [sys.executable, "-m", "fused_ops.bench.resources", "--backend", "triton", "--archs", "90", "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -28,11 +28,13 @@ def test_triton_kernels_do_not_spill(arch):
         "forward_kernel",
         "normalise_kernel",
         "backward_kernel",
+        "general_forward_kernel",
+        "general_backward_kernel",
         "post_norm_sums_kernel",
         "pre_norm_finish_kernel",
         "moments_kernel",
         "merge_moments_kernel",
-        "sum_parts_kernel",
+        "finish_gradients_kernel",
     }
     spilling = [row for row in rows if row["spill_bytes"]]
     assert not spilling, spilling

@@ -31,9 +31,11 @@ def copy_kernel(source, target, BLOCK: tl.constexpr):
         ("triton", "post_train_silu", {"forward", "backward"}),
         ("triton", "post_eval_relu6", {"forward", "backward"}),
         ("triton", "conv", {"forward", "backward"}),
-        ("cuda", "identity", {"forward"}),
-        ("cuda", "post_eval_relu6", {"forward"}),
-        ("cuda", "conv", {"forward"}),
+        ("cuda", "identity", {"forward", "backward"}),
+        ("cuda", "pre_train", {"forward", "backward"}),
+        ("cuda", "post_train_silu", {"forward", "backward"}),
+        ("cuda", "post_eval_relu6", {"forward", "backward"}),
+        ("cuda", "conv", {"forward", "backward"}),
     ],
 )
 def test_counted_bytes(backend, name, directions, request):

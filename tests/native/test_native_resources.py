@@ -25,19 +25,18 @@ def test_parsing():
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_on_any_architecture(tools):
+def test_no_kernel_spills(tools):
+    """On the architecture that `make setup` compiles for; the committed report has all of them."""
     try:
         tools.find_toolkit()
         resources.find_cuobjdump()
     except RuntimeError as error:
         pytest.skip(str(error))
-    rows = resources.native_resources()
-    assert {row.arch for row in rows} == {f"sm_{arch}" for arch in tools.SUPPORTED_ARCHITECTURES}
+    rows = resources.native_resources(["90"])
     spilling = [row for row in rows if row.spill_bytes]
     assert not spilling, resources.format_table(spilling)
     # 255 registers are the limit of a thread; the rest leaves the compiler of another version some room.
-    assert max(row.registers for row in rows) <= 250
-    assert max(row.registers for row in rows if row.kernel == "depthwise_forward") <= 168
+    assert max(row.registers for row in rows) <= 240
+    assert max(row.registers for row in rows if row.kernel == "depthwise_forward") <= 200
     assert max(row.shared_bytes for row in rows) <= 48 * 1024
-    kernels = {(row.kernel, row.config) for row in rows}
-    assert len(rows) == len(kernels) * len(tools.SUPPORTED_ARCHITECTURES)
+    assert len(rows) == len({(row.kernel, row.config) for row in rows})
