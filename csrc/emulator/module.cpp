@@ -37,12 +37,20 @@ depthwise::TensorView view(const Tensor& tensor) {
     return result;
 }
 
+// Only the plan of a launch sequence is made, so that its size can be asked for without its memory.
+bool plan_only = false;
+int64_t workspace_floats = 0;
+
 template <typename Params>
 void launch(Params& params, const char* (*workspace)(const Params&, int64_t&),
             const char* (*sequence)(const Params&, void*), const char* name) {
     py::gil_scoped_release released;
     int64_t floats = 0;
     const char* error = workspace(params, floats);
+    workspace_floats = floats;
+    if (plan_only && error == nullptr) {
+        return;
+    }
     // NaN where a kernel reads what no kernel has written.
     std::vector<float> memory(floats, std::nanf(""));
     params.problem.workspace = memory.data();
@@ -151,5 +159,9 @@ PYBIND11_MODULE(fused_ops_emulator, m)
         "touched", [] { return std::make_pair(emulator::traffic.read, emulator::traffic.written); },
         "Address intervals [begin, end) that the last launch read and wrote.");
     m.def("set_mode", &set_mode, "\"sequential\": coroutines on one thread. \"concurrent\": OS threads.");
+    m.def(
+        "set_plan_only", [](bool only) { plan_only = only; }, "Plan launch sequences without running them.");
+    m.def(
+        "workspace_floats", [] { return workspace_floats; }, "Size of the last launch sequence's workspace.");
     m.def("set_multiprocessors", [](int count) { emulator::multiprocessors = count; });
 }
