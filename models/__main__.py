@@ -1,17 +1,22 @@
-"""``python -m fused_ops.models``: the table of models.
+"""``python -m fused_ops.models``: the table of models, and the card of one.
 
-Counted columns are ours; published ones are the papers', with the source in ``--json``.
+Counted columns are ours; published ones are the papers', with the source in ``--json`` and on the card.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import inspect
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fused_ops.models.registry import model_table
+import torch
+
+from fused_ops.core.explain import explain
+from fused_ops.models.registry import create_model, find_system, model_table
 
 COLUMNS = ("name", "system", "params", "MACs", "input", "published params", "published MACs", "top-1")
 
@@ -21,7 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops models", description="List the models of the zoo.")
     parser.add_argument("filter", nargs="?", default="", help="pattern (dsnet_*star) or part of a name")
     parser.add_argument("--json", action="store_true", help="print JSON rows with sources and notes")
+    parser.add_argument(
+        "--card",
+        metavar="NAME",
+        help="what is the paper's, the code's or inferred in one model; its checkpoints and fused operators",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.card is not None:
+        try:
+            print(card(arguments.card))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
     rows = model_table(arguments.filter)
     if arguments.json:
         print(json.dumps(rows, indent=1))
@@ -30,6 +46,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"no model matches {arguments.filter!r}", file=sys.stderr)
     return 0 if rows else 1
+
+
+def card(name: str) -> str:
+    """The card of a model as text.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known ones.
+    """
+    system = find_system(name)
+    info = system.models[name]
+    size = "x".join(map(str, info.input_size[1:]))
+    lines = [
+        f"{name}, of {system.name}",
+        f"{info.params:,} parameters, {info.macs:,} multiply-accumulates at {size} (counted)",
+    ]
+    published = {
+        "parameters": info.published_params,
+        "multiply-accumulates": info.published_macs,
+        "top-1": info.published_top1,
+    }
+    numbers = ", ".join(f"{value:,g} {what}" for what, value in published.items() if value is not None)
+    lines.append(f"published: {numbers} ({info.source})" if numbers else "published: nothing for this model")
+    if info.note:
+        lines.append(f"note: {info.note}")
+    lines += [f"checkpoints: {layout.framework}, {layout.source}" for layout in system.layouts]
+    if not system.layouts:
+        lines.append("checkpoints: none were published")
+    lines += ["", inspect.getdoc(sys.modules[system.model_class.__module__]) or "", "", "Fused operators:"]
+    explanation = explain(create_model(name).eval(), torch.empty(1, *info.input_size))
+    calls = collections.Counter(row["op"] for row in explanation.rows())
+    lines += [f"  {count} calls of {operator}" for operator, count in calls.items()] or ["  none"]
+    return "\n".join(lines)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

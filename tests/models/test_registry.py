@@ -102,3 +102,19 @@ def test_command():
     )
     assert "dsnet_test" in run.stdout
     assert run.stderr == ""
+
+
+def test_card(capsys):
+    """What is inferred must be said wherever a model is described."""
+    assert main(["--card", "hiri_vit_test"]) == 0
+    out = capsys.readouterr().out
+    (info,) = (system.models["hiri_vit_test"] for system in systems() if "hiri_vit_test" in system.models)
+    assert f"{info.params:,} parameters" in out
+    assert "INFERRED" in out
+    assert "checkpoints: none were published" in out
+    assert "calls of depthwise" in out
+    assert main(["--card", "pvt_test"]) == 0
+    assert "checkpoints: pytorch, whai362/PVT" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--card", "dsnet_smal"])
+    assert "nearest: dsnet_small" in capsys.readouterr().err
