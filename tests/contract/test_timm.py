@@ -127,9 +127,12 @@ def test_layers_on_kernels(name, size, backend, request):
     with torch.no_grad():
         model(images(size, torch.float32))
     assert recorder.layers
-    for (kernel, stride, _), (module, x) in recorder.layers.items():
+    # One activation per kernel size in Triton's interpreter, which takes a second per row of a 5x5 layer.
+    layers = {key if backend == "cuda" else key[:2]: layer for key, layer in recorder.layers.items()}
+    for (kernel, stride, *_), (module, x) in layers.items():
         results = []
         channels = slice(0, 40)
+        x = x[:, channels, :8, :8]
         for dtype, chosen in (
             (torch.float32, backend),
             (torch.float32, "reference"),
@@ -137,7 +140,7 @@ def test_layers_on_kernels(name, size, backend, request):
         ):
             layer = narrowed(module, channels).to(dtype)
             try:
-                results.append(outcome(layer, x[:, channels].to(dtype), chosen))
+                results.append(outcome(layer, x.to(dtype), chosen))
             except fused_ops.BackendUnavailableError as error:
                 raise AssertionError(f"kernel {kernel} stride {stride}: {error}") from error
         assert_three_way(*results, torch.float32)
