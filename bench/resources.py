@@ -39,7 +39,8 @@ class Resources:
         registers: per thread.
         spill_bytes: stack and local memory per thread; registers that did not fit, or an array indexed at run
             time.
-        shared_bytes: static shared memory per block, with what the system reserves (1024 from sm_90 on).
+        shared_bytes: shared memory per block, with what the system reserves (1024 from sm_90 on); of
+            CUDA kernels the static part.
         threads: of a block, at most; 0 where the compiler did not say.
         occupancy: share of a multiprocessor's warps that fit at once, by registers, shared memory and blocks.
     """
@@ -230,13 +231,17 @@ def triton_resources(
             continue
         for kernel in specialisations(operator, torch.bfloat16):
             for arch in archs or native.build_tools().SUPPORTED_ARCHITECTURES:
+                cubin, shared = kernel.compile(int(arch))
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(kernel.compile(int(arch)))
+                    file.write(cubin)
                     file.flush()
                     (row,) = _usage(cuobjdump, file.name, operator.name, "triton")
+                # Triton's shared memory is dynamic, which the compiled kernel does not show.
+                shared += row.shared_bytes
                 threads = 32 * dict(kernel.options).get("num_warps", 4)
-                share = occupancy(f"sm_{arch}", threads, row.registers, row.shared_bytes)
+                share = occupancy(f"sm_{arch}", threads, row.registers, shared)
                 row = replace(row, kernel=kernel.name, config=kernel.config, arch=f"sm_{arch}")
+                row = replace(row, shared_bytes=shared)
                 rows.append(replace(row, threads=threads, occupancy=share))
     return rows
 

@@ -19,6 +19,8 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 
 
@@ -44,8 +46,8 @@ class Specialisation:
         pointers = sorted({kind for _, kind in self.signature if kind.startswith("*") and kind != "*fp32"})
         return " ".join([*shown, *pointers])
 
-    def compile(self, capability: int) -> bytes:
-        """The cubin for compute capability ``capability`` (90 for sm_90)."""
+    def compile(self, capability: int) -> tuple[bytes, int]:
+        """The cubin for compute capability ``capability`` (90 for sm_90), and its dynamic shared memory."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -60,7 +62,7 @@ class Specialisation:
         compiled = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options=dict(self.options)
         )
-        return compiled.asm["cubin"]
+        return compiled.asm["cubin"], compiled.metadata.shared
 
 
 def _specialise(kernel: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Specialisation:

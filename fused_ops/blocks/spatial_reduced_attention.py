@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
+from fused_ops.attention import SpatialReductionAttention
 
 
-class SpatialReducedAttention(nn.Module):
+class SpatialReducedAttention(SpatialReductionAttention):
     """softmax(Q Kᵀ / sqrt(d)) V with an output projection; K and V from (H/R) x (W/R) tokens.
 
-    The reduction is a convolution with kernel and stride R followed by a LayerNorm, and feeds both keys and
-    values. With R = 1 there is none, and this is plain multi-head attention. Rows and columns of the map
-    beyond a multiple of R are queries only. Parameter names and shapes are those of whai362/PVT.
+    The form of :class:`~fused_ops.attention.SpatialReductionAttention` that PVT has: the reduction is a
+    convolution with kernel and stride R followed by a LayerNorm, and feeds both keys and values. With R = 1
+    there is none, and this is plain multi-head attention. Rows and columns of the map beyond a multiple of R
+    are queries only. Parameter names and shapes are those of whai362/PVT.
 
     Args:
         dim: channels; ``num_heads`` must divide them.
@@ -43,32 +42,14 @@ class SpatialReducedAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
-        if reduction_ratio < 1:
-            raise ValueError(f"reduction_ratio must be at least 1, got {reduction_ratio}")
-        factory = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.reduction_ratio = reduction_ratio
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
-        if reduction_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, reduction_ratio, stride=reduction_ratio, **factory)
-            self.norm = nn.LayerNorm(dim, eps=reduced_norm_eps, **factory)
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        reduced = x
-        if self.reduction_ratio > 1:
-            reduced = self.norm(map_to_tokens(self.sr(tokens_to_map(x, size))))
-        query = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.kv(reduced).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, reduction_ratio={self.reduction_ratio}"
+        super().__init__(
+            dim,
+            num_heads,
+            reduction_ratio,
+            qkv_bias=qkv_bias,
+            norm_eps=reduced_norm_eps,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            device=device,
+            dtype=dtype,
+        )

@@ -111,3 +111,5 @@ def test_the_committed_report_is_of_these_kernels():
     assert not [row for row in rows if row.spill_bytes]
     # 255 registers are the limit of a thread; what is left is room for the compiler of another version.
     assert max(row.registers for row in rows) <= 240
+    # What a block may have on sm_86, sm_89 and sm_120.
+    assert max(row.shared_bytes for row in rows) <= 100 * 1024

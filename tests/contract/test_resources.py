@@ -42,4 +42,5 @@ def test_triton_kernels_do_not_spill():
     assert max(row["registers"] for row in rows) <= 240
     # A failed allocation shows as few registers, not as a spill.
     assert min(row["registers"] for row in rows) >= 16
-    assert max(row["shared_bytes"] for row in rows) <= 48 * 1024
+    # What a block may have on sm_86 and sm_120, the least of all architectures.
+    assert max(row["shared_bytes"] for row in rows) <= 99 * 1024

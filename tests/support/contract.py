@@ -23,12 +23,13 @@ DEVICES = (
 )
 
 
-def operator_cases(*tags: str, without: tuple[str, ...] = ()) -> list[Any]:
-    """(operator, case) of every registered operator whose case carries all ``tags``."""
+def operator_cases(*tags: str, without: tuple[str, ...] = (), only: str | None = None) -> list[Any]:
+    """(operator, case) of every registered operator, or ``only`` one, whose case carries all ``tags``."""
     return [
         pytest.param(operator, case, id=f"{operator.name}-{case.name}")
         for operator in library.operators().values()
         for case in operator.cases()
+        if only in (None, operator.name)
         if case.tags.issuperset(tags) and not case.tags.intersection(without)
     ]
 
