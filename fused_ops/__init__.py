@@ -1,9 +1,12 @@
 """Fused operators for vision backbones: CUDA and Triton kernels behind PyTorch modules and functions."""
 
+from fused_ops.accelerate import Report, accelerate, restore
+from fused_ops.attention import SpatialReductionAttention, few_key_attention
 from fused_ops.blocks import DSBlock
 from fused_ops.core.backends import BackendUnavailableError, backend
 from fused_ops.core.explain import explain
 from fused_ops.depthwise import BatchNormState, DepthwiseConv2d, DepthwiseConvBNAct, depthwise_conv, fold
+from fused_ops.hr_chain import HRBlock, hr_block
 
 __version__ = "0.1.0"
 
@@ -13,8 +16,15 @@ __all__ = [
     "DSBlock",
     "DepthwiseConv2d",
     "DepthwiseConvBNAct",
+    "HRBlock",
+    "Report",
+    "SpatialReductionAttention",
+    "accelerate",
     "backend",
     "depthwise_conv",
     "explain",
+    "few_key_attention",
     "fold",
+    "hr_block",
+    "restore",
 ]

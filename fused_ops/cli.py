@@ -1,4 +1,4 @@
-"""The ``fused-ops`` command: each subcommand is the module ``fused_ops.<name>`` (tune: of the bench)."""
+"""The ``fused-ops`` command: each subcommand is the module ``fused_ops.<name>`` (some are the bench's)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ SUBCOMMANDS = {
     "train": "train a model, on real data, on the CPU if there is no GPU",
     "models": "list the models with parameters, MACs and published figures",
     "explain": "say which backend runs each operator of a model, and why",
+    "accelerate": "say what accelerate() exchanges in a model of the zoo, of timm or of torchvision, and why",
     "tune": "measure the tile choices of the kernels on this GPU",
     "bench": "measure operators and models, count traffic, report",
     "env": "print versions, devices and which backends run here",
 }
 # What each subcommand needs beyond the core, to name the extra that installs it.
 _NEEDS = {"train": ("train", "torchvision"), "models": ("models", "timm"), "explain": ("models", "timm")}
+_NEEDS["accelerate"] = ("models", "timm")
+_IN_BENCH = ("tune", "accelerate")
 
 
 def usage() -> str:
     lines = ["usage: fused-ops COMMAND [options]", ""]
-    lines += [f"  {name:8} {description}" for name, description in SUBCOMMANDS.items()]
+    lines += [f"  {name:10} {description}" for name, description in SUBCOMMANDS.items()]
     lines += ["", "`fused-ops COMMAND --help` lists a command's options."]
     return "\n".join(lines)
 
@@ -42,7 +45,7 @@ def main() -> int:
         )
         return 2
     sys.argv = [f"fused-ops {command}", *arguments[1:]]
-    module = "bench.tune" if command == "tune" else command
+    module = f"bench.{command}" if command in _IN_BENCH else command
     runpy.run_module(f"fused_ops.{module}", run_name="__main__", alter_sys=False)
     return 0
 

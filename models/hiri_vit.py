@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from fused_ops import BatchNormState, DepthwiseConvBNAct, depthwise_conv
-from fused_ops.blocks.drop_path import DropPath
+from fused_ops import DepthwiseConvBNAct, HRBlock, depthwise_conv
 from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_last, tokens_to_map
 from fused_ops.blocks.spatial_reduced_attention import SpatialReducedAttention
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
@@ -195,48 +195,6 @@ class ViTStem(nn.Sequential):
             nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, bias=bias, **details.factory),
             details.norm(norm, dim),
         )
-
-
-class HRBlock(nn.Module):
-    """Two branches on maps (B, dim, H, W) of any size (paper, section 4.2 and Fig. 4).
-
-    high: 3x3 depthwise convolution. low: strided 3x3 depthwise convolution, BatchNorm, two fully connected
-        layers with an activation between them, up-sampling by repeating every value 2x2 times, cut to H x W
-        where that is odd. y = x + DropPath(high + low). Inferred: the identity around the block
-        (``hr_shortcut``), the biases, and that there is no second norm.
-    """
-
-    def __init__(self, dim: int, expansion: float, drop_path: float, details: _Details) -> None:
-        super().__init__()
-        hidden_dim = int(dim * expansion)
-        self.hr = details.depthwise(dim, 1, details.hr_bias)
-        self.lr_dw = details.depthwise(dim, 2, False)
-        self.lr_bn = details.norm("batch", dim)
-        self.fc1 = nn.Linear(dim, hidden_dim, bias=details.fc_bias, **details.factory)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=details.fc_bias, **details.factory)
-        self.drop_path = DropPath(drop_path)
-        self.activation = details.activation
-        self.shortcut = details.hr_shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        high = depthwise_conv(x, self.hr.weight, self.hr.bias, padding=1)
-        if isinstance(self.lr_bn, nn.BatchNorm2d | nn.SyncBatchNorm):
-            state = BatchNormState.from_module(self.lr_bn)
-            low = depthwise_conv(x, self.lr_dw.weight, stride=2, padding=1, norm=state)
-        else:
-            # A converter (a frozen norm) has put another layer here.
-            low = self.lr_bn(depthwise_conv(x, self.lr_dw.weight, stride=2, padding=1))
-        tokens = ACTIVATIONS[self.activation](self.fc1(low.permute(0, 2, 3, 1)))
-        branch = self.drop_path(high + _repeat(self.fc2(tokens), (x.shape[-2], x.shape[-1])))
-        return x + branch if self.shortcut else branch
-
-
-def _repeat(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, h, w, C) to the map (B, C, H, W) whose value at (i, j) is that at (i // 2, j // 2)."""
-    batch, height, width, channels = x.shape
-    twice = x[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
-    grown = twice.reshape(batch, 2 * height, 2 * width, channels)
-    return grown[:, : size[0], : size[1]].permute(0, 3, 1, 2)
 
 
 class CFFN(nn.Module):
@@ -490,7 +448,18 @@ class HIRIViT(StagedBackbone):
         def build_block(stage: int, drop_path: float) -> nn.Module:
             dim, expansion = dims[stage], expansions[stage]
             if blocks[stage] == "hr":
-                return HRBlock(dim, expansion, drop_path, details)
+                return HRBlock(
+                    dim,
+                    expansion,
+                    drop_path,
+                    activation=details.activation,
+                    high_bias=details.hr_bias,
+                    fc_bias=details.fc_bias,
+                    shortcut=details.hr_shortcut,
+                    eps=details.bn_eps,
+                    momentum=details.bn_momentum,
+                    **details.factory,
+                )
             ffn = _FEED_FORWARD_CLASSES[feed_forward](
                 dim, expansion, drop_path, feed_forward_norms[stage], details
             )

@@ -36,8 +36,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fused_ops import BatchNormState, depthwise_conv
-from fused_ops.blocks.drop_path import DropPath
 from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_last, tokens_to_map
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,

@@ -22,9 +22,9 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from fused_ops.blocks.drop_path import DropPath
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
 from fused_ops.blocks.spatial_reduced_attention import SpatialReducedAttention
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,

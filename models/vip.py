@@ -21,8 +21,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fused_ops import depthwise_conv
-from fused_ops.blocks.drop_path import DropPath
 from fused_ops.blocks.layout import to_channels_last
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,

@@ -19,6 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_ops import Report, accelerate
+
 from .data import NO_TARGET
 from .distributed import World
 from .seeding import Purpose, derive, seed_all
@@ -170,12 +172,21 @@ class Engine:
         if settings.sync_batch_norm and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device=device, memory_format=memory_format).train()
+        self.amp_dtype = autocast_dtype(settings.amp, device)
+        self.acceleration: Report | None = None
+        if settings.accelerate:
+            size = settings.img_size or resolve_model_data_config(model)["input_size"][-1]
+            images = torch.empty(settings.device_batch or 2, 3, size, size, device=device)
+            with self._autocast():
+                # Speed depends on the shapes, the layout and the dtype that training will use.
+                self.acceleration = accelerate(
+                    self.model, example=images.contiguous(memory_format=memory_format)
+                )
         self.ema = None
         if settings.ema_decay:
             self.ema = ModelEmaV3(self.model, settings.ema_decay, use_warmup=settings.ema_warmup)
         self.optimizer = build_optimizer(settings, self.model, device)
         self.scheduler = build_scheduler(settings, self.optimizer, updates_per_epoch)
-        self.amp_dtype = autocast_dtype(settings.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.pipeline = InputPipeline(settings, self.model, num_classes, device)
         self.passes = settings.batch_size // settings.device_batch // world.size

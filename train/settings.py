@@ -168,6 +168,12 @@ class Settings:
     )
     channels_last: bool = _flag(True, "device", "channels_last memory format")
     compile: bool = _flag(False, "device", "torch.compile the model")
+    accelerate: bool = _flag(
+        False,
+        "device",
+        "exchange layers for fused operators where these are as fast or faster (fused_ops.accelerate)",
+        may_change=True,
+    )
     sync_batch_norm: bool = _flag(
         False, "device", "BatchNorm statistics over all ranks (CUDA only: PyTorch has none for the CPU)"
     )

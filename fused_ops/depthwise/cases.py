@@ -34,7 +34,7 @@ def _case(
     def make(
         generator: torch.Generator, dtype: torch.dtype, device: torch.device, layout: str
     ) -> dict[str, Any]:
-        from fused_ops.depthwise.op import BatchNormState
+        from fused_ops.core.batch_norm import BatchNormState
 
         def vector(centre: float, spread: float, requires_grad: bool = True) -> torch.Tensor:
             values = centre + spread * torch.randn(channels, generator=generator, dtype=torch.float64)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops.depthwise.op import ACTIVATIONS, BatchNormState, depthwise_conv
+from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.depthwise.op import ACTIVATIONS, depthwise_conv
 
 
 def _check_options(activation: str, residual_placement: str) -> None:

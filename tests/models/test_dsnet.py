@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.models import group_parameters
 
-from fused_ops.blocks.drop_path import DropPath
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models import count_macs, count_params, create_model, list_models, systems
 from fused_ops.models.dsnet import DSNet, drop_path_rates
 

@@ -10,8 +10,8 @@ from support.contract import assert_three_way, convert, named_tensors, run
 
 import fused_ops
 from fused_ops.core import library, native
+from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.depthwise import cuda
-from fused_ops.depthwise.op import BatchNormState
 
 OPERATOR = library.operators()["depthwise"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

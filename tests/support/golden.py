@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_ops.blocks.drop_path import DropPath
+from fused_ops.core.drop_path import DropPath
 
 FOLDER = Path(__file__).parents[1] / "golden"
 EVAL_TOLERANCE = 1e-10

@@ -20,7 +20,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from fused_ops.blocks.drop_path import DropPath
+from fused_ops.core.drop_path import DropPath
 from fused_ops.models import (
     count_macs,
     count_params,

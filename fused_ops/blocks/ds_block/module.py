@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_ops.blocks.drop_path import DropPath
 from fused_ops.blocks.ds_block.reference import GLOBAL_DOWN, grid_size, split_channels
 from fused_ops.blocks.layout import (
     PointwiseConv2d,
@@ -16,6 +15,7 @@ from fused_ops.blocks.layout import (
     to_channels_last,
     tokens_to_map,
 )
+from fused_ops.core.drop_path import DropPath
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 
 _EPS = 1e-5

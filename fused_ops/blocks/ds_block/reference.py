@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.blocks.drop_path import drop_path as apply_drop_path
+from fused_ops.core.drop_path import drop_path as apply_drop_path
 
 GLOBAL_DOWN = ("bilinear", "dwconv")
 
