@@ -141,11 +141,11 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         "# What accelerate() exchanges",
         "",
         "Made by `fused-ops accelerate --table`. Every model's outputs, gradients and running statistics in",
-        "float64 equal the untouched model's (`tests/accelerate`). Bytes are expected ones, counted from shapes:",
-        f"what the exchanged layers move per training step of {BATCH} images at the model's own size in bfloat16,",
-        "as separate passes and as fused operators. Nothing here was timed.",
+        "float64 equal the untouched model's (`tests/accelerate`). Bytes are expected ones, counted from",
+        f"shapes: what the exchanged layers move per training step of {BATCH} images at the model's own size",
+        "in bfloat16, as separate passes and as fused operators. Nothing here was timed.",
         "",
-        "| model | depthwise convolutions | exchanged | stock MB | fused MB | not exchanged, or partly: why |",
+        "| model | depthwise convolutions | exchanged | stock MB | fused MB | what is left out and why |",
         "|---|--:|--:|--:|--:|---|",
     ]
     for row in entries:

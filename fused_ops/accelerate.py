@@ -40,6 +40,7 @@ from fused_ops.depthwise.op import (
 
 # Attribute, outside of parameters, buffers and submodules, by which an exchanged module knows its chain.
 _ATTRIBUTE = "_fused_ops_chain"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks of this package look on and change nothing, so they need no stock path.
 _OWN_HOOKS = ("fused_ops.core.explain", __name__)
 
@@ -93,12 +94,8 @@ def _holds_activation(norm: nn.Module) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody would see, or could change, what goes into or comes out of ``module``."""
-    for hooks in (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ):
+    for name in _HOOKS:
+        hooks = getattr(module, name)
         if hooks and any(getattr(hook, "__module__", "") not in _OWN_HOOKS for hook in hooks.values()):
             return True
     return False
@@ -127,8 +124,8 @@ class _Chain:
         self.frozen = frozen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Chain:
-        # Whoever copies the ancestor has it in the memo by now. Whoever copies a part of the chain gets modules
-        # that do what each says of itself, rather than a convolution that also normalises.
+        # Whoever copies the ancestor has it in the memo by now. Whoever copies a part of the chain gets
+        # modules that do what each says of itself, rather than a convolution that also normalises.
         return _Chain(memo.get(id(self.ancestor)), self.paths, self.activation, self.frozen)
 
     def members(self) -> tuple[nn.Module | None, ...] | None:
@@ -240,9 +237,8 @@ class _Activation(_Exchanged):
 
 
 def _frozen_state(norm: nn.Module) -> BatchNormState:
-    return BatchNormState(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, batch_stats=False, momentum=0.0, eps=norm.eps
-    )
+    statistics = (norm.running_mean, norm.running_var)
+    return BatchNormState(norm.weight, norm.bias, *statistics, False, 0.0, norm.eps)
 
 
 @cache
@@ -265,8 +261,8 @@ class Row:
         exchanged: whether it is computed by a fused operator now (with ``dry_run``: would be).
         reason: why not, or what else stays outside of the operator and why.
         members: names of the modules that the operator computes.
-        stock_bytes, fused_bytes: expected bytes through memory per step, separate passes and fused; None where
-            no example was given.
+        stock_bytes, fused_bytes: expected bytes through memory per step, in separate passes and fused; None
+            where no example was given.
     """
 
     module: str
@@ -357,7 +353,7 @@ class _Plan:
 
 @dataclass
 class _Call:
-    """One call of a module in a trace: the modules whose output it alone uses, and that alone uses its own."""
+    """One call of a module in a trace: whose output it alone uses, and who alone uses its own."""
 
     producer: nn.Module | None
     consumer: nn.Module | None
@@ -376,7 +372,7 @@ class _Flow:
     unknown: set[int] = field(default_factory=set)
 
     def follower(self, module: nn.Module) -> nn.Module | None:
-        """The module that uses every output of ``module``, alone, and nothing else ever; None if none does."""
+        """The module that every output of ``module`` goes to, and only there, and that takes nothing else."""
         calls = self.calls.get(id(module), [])
         following = calls[0].consumer if calls else None
         if following is None or id(module) in self.unknown or id(following) in self.unknown:
@@ -417,7 +413,7 @@ class _Skeleton:
                     key: None if child is None else self.copy_of[id(child)]
                     for key, child in original._modules.items()
                 }
-                for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                for name in _HOOKS:
                     copy.__dict__[name] = OrderedDict()
                 copy.__dict__["training"] = training
 
@@ -445,7 +441,7 @@ class _Skeleton:
 
 
 class _Tracer(fx.Tracer):
-    """Traces what it can: a module whose own forward does not trace becomes one node, listed in ``opaque``."""
+    """Traces what it can: a module whose forward does not trace becomes one node, listed in ``opaque``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -716,8 +712,8 @@ class _Depthwise:
                 continue
             plan = _Plan(name, conv)
             plans.append(plan)
-            if isinstance(conv, _Exchanged):
-                chain = getattr(conv, _ATTRIBUTE)
+            chain = conv.__dict__.get(_ATTRIBUTE)
+            if chain is not None:
                 _, plan.norm, plan.activation = chain.members()
                 plan.operation, plan.already = chain.activation, True
                 plan.remark = "exchanged before"
@@ -812,8 +808,14 @@ def _take_out(module: nn.Module) -> None:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's wrapper."""
-    return model._modules.get("_orig_mod") or model
+    """The model inside of the wrappers of torch.compile and of data parallelism."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:
@@ -838,9 +840,9 @@ def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:
 def separate_bytes(call: DepthwiseCall, direction: str) -> int:
     """Bytes through memory of the stock modules' passes, each of which reads and writes whole maps.
 
-    Forward: the convolution; the norm, with one more read for the batch's statistics; the activation. Backward:
-    the activation (gradient, saved map, result); the norm's sums and its input gradient; the convolution's two
-    gradients. Per-channel vectors are left out, as in ``least_bytes``.
+    Forward: the convolution; the norm, with one more read for the batch's statistics; the activation.
+    Backward: the activation (gradient, saved map, result); the norm's sums and its input gradient; the
+    convolution's two gradients. Per-channel vectors are left out, as in ``least_bytes``.
     """
     size = call.x.element_size()
     x, out = size * call.x.numel(), size * torch.Size(call.output_shape).numel()
@@ -855,7 +857,7 @@ def separate_bytes(call: DepthwiseCall, direction: str) -> int:
 def _weigh(
     model: nn.Module, plans: Sequence[_Plan], arguments: tuple[Any, ...]
 ) -> dict[str, tuple[int, int, str]]:
-    """By name of the convolution: bytes of the stock modules, bytes fused, and why stock PyTorch is chosen."""
+    """By name of the convolution: bytes of the stock modules, bytes fused, why stock PyTorch is chosen."""
     calls: dict[str, list[DepthwiseCall]] = {plan.name: [] for plan in plans}
 
     def observe(name: str) -> Callable[..., None]:
@@ -916,8 +918,8 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
         model: any module; compiled and DataParallel ones too.
         dry_run: only report.
         example: what the model will be called with: a tensor, a tuple of arguments, or the shape of an image
-            batch. With it the report has bytes, and what would run on stock PyTorch on the GPU (because that was
-            measured faster, or no kernel can run it) is not exchanged. Nothing is computed.
+            batch. With it the report has bytes, and what would run on stock PyTorch on the GPU (because that
+            was measured faster, or no kernel can run it) is not exchanged. Nothing is computed.
 
     Returns:
         A row per depthwise convolution: exchanged or not, and why.

@@ -336,6 +336,8 @@ class Run:
             f"{s.batch_size} images; {self.world.device.type} x {self.world.size}, autocast {s.amp}; "
             f"folder {self.folder}"
         )
+        if self.engine.acceleration is not None:
+            self.console.print(self.engine.acceleration.summary())
         if s.resume:
             self.console.print(f"continuing after update {self.update} of epoch {self.epoch + 1}")
         self._metrics = Metrics(self.folder, self.epoch, self.done) if self.world.is_main else None

@@ -13,7 +13,7 @@ SIZE = 64
 
 
 def build(name: str) -> nn.Module:
-    """A model in float64 by timm's name, or torchvision's after ``torchvision/``, with norms that do something."""
+    """A model in float64 by timm's name, or torchvision's after ``torchvision/``; its norms do something."""
     torch.manual_seed(0)
     own = name.removeprefix("torchvision/")
     if own == name:

@@ -7,11 +7,15 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from training_helpers import arguments, losses
 
+from fused_ops import restore
 from fused_ops.train import main
+from fused_ops.train.checkpoint import WEIGHTS
 from fused_ops.train.distributed import World
 from fused_ops.train.engine import Engine, build_optimizer, build_scheduler, training_loss
 from fused_ops.train.settings import Settings
@@ -242,3 +246,24 @@ def test_loss_that_is_not_finite_ends_the_run(image_folder, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "the loss is" in error
     assert "try a lower --lr" in error
+
+
+def test_accelerated_model_of_timm(image_folder, tmp_path):
+    """The same run with fused operators: same losses, and weights under the same names."""
+    runs = [tmp_path / "stock", tmp_path / "fused"]
+    for run, flags in zip(runs, ([], ["--accelerate"]), strict=True):
+        command = arguments(image_folder, run, model="timm/test_efficientnet", epochs=1, warmup_epochs=0)
+        assert main([*command, *flags]) == 0
+    stock, fused = (losses(run) for run in runs)
+    assert fused == pytest.approx(stock, rel=1e-4)
+    states = [load_file(run / WEIGHTS) for run in runs]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_accelerate_exchanges_before_averaging():
+    """The averaged model is a copy of the accelerated one, with chains of its own."""
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    settings = Settings(data="x", accelerate=True, device_batch=2, batch_size=2, img_size=64, ema_decay=0.9)
+    engine = Engine(settings, model, 3, 1, CPU)
+    assert engine.acceleration.exchanged == len(engine.acceleration.results) == 2
+    assert restore(engine.model) == restore(engine.ema.module) > 0
