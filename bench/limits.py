@@ -347,8 +347,8 @@ def predictions(operator: library.Operator, gpu: Gpu, dtype: torch.dtype = DTYPE
     Returns:
         Rows with gpu, op, model, case, calls, mode (eval, forward, backward, both), dtype, predicted_us
         (least possible microseconds), term (what sets it; of ``both``, what sets the longer pass), memory_us,
-        fma_us, issue_us, bytes, flops, issue_slots, backend, and assumption (whether the bandwidth is the
-        datasheet's or an assumed copy bandwidth).
+        tensor_us, fma_us, issue_us, bytes, flops, issue_slots, backend, and assumption (whether the bandwidth
+        is the datasheet's or an assumed copy bandwidth).
     """
     rows = []
     for case in operator.cases():
@@ -369,12 +369,16 @@ def all_predictions(gpus: Sequence[Gpu] = GPUS, dtype: torch.dtype = DTYPE) -> l
     return rows
 
 
+# What can bound a call; tensor and fma exclude each other.
+TERMS = ("memory", "tensor", "fma", "issue")
+
+
 def _case_predictions(
     operator: library.Operator, case: Any, work: dict[str, Work], gpu: Gpu, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     rows = []
     limits = {
-        mode: least_seconds(gpu, entry.bytes, entry.flops, False, entry.issue_slots)
+        mode: least_seconds(gpu, entry.bytes, entry.flops, operator.matrix_products, entry.issue_slots)
         for mode, entry in work.items()
     }
     common = {
@@ -393,14 +397,14 @@ def _case_predictions(
                 "mode": mode,
                 "predicted_us": limit.seconds * 1e6,
                 "term": limit.term,
-                **{f"{name}_us": seconds * 1e6 for name, seconds in limit.terms.items()},
+                **{f"{name}_us": limit.terms.get(name, 0.0) * 1e6 for name in TERMS},
                 **asdict(work[mode]),
             }
         )
     if "backward" in limits:
         parts = [rows[-2], rows[-1]]
         # One pass after the other: the terms of the two do not overlap.
-        summed = ("predicted_us", "memory_us", "fma_us", "issue_us", "bytes", "flops", "issue_slots")
+        summed = ("predicted_us", *(f"{name}_us" for name in TERMS), "bytes", "flops", "issue_slots")
         longest = max(parts, key=lambda row: row["predicted_us"])
         rows.append({**longest, "mode": "both", **{key: sum(row[key] for row in parts) for key in summed}})
     return rows
@@ -609,7 +613,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
     else:
         print("predicted least times, not measured")
-        shown = ("gpu", "op", "case", "mode", "predicted_us", "term", "memory_us", "fma_us", "issue_us")
+        shown = ("gpu", "op", "case", "mode", "predicted_us", "term", *(f"{name}_us" for name in TERMS))
         lines = [[f"{row[key]:.1f}" if key.endswith("_us") else row[key] for key in shown] for row in rows]
         results.print_table(shown, lines, left=4)
     return 0

@@ -121,7 +121,13 @@ def fraction_of_limit(
     for part in work:
         slots = sum(limits.issue_slots(operator, call, part.direction) for call in part.calls)
         least += limits.least_seconds(
-            known, part.bytes, part.flops, False, slots, copy_bandwidth=bandwidth, gemm_peak=peak
+            known,
+            part.bytes,
+            part.flops,
+            library.operators()[operator].matrix_products,
+            slots,
+            copy_bandwidth=bandwidth,
+            gemm_peak=peak,
         ).seconds
     return least / seconds
 

@@ -392,5 +392,13 @@ BACKWARD = library.define(
     _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
 )
 OPERATOR = library.register(
-    library.Operator("attention", few_key_attention, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD))
+    library.Operator(
+        "attention",
+        few_key_attention,
+        BACKENDS,
+        cases,
+        least_bytes,
+        (FORWARD, BACKWARD),
+        matrix_products=True,
+    )
 )

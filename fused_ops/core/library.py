@@ -30,6 +30,7 @@ class Operator:
         overloads: the torch operators behind it.
         launch_count: ``launch_count(call, direction) -> int``, launches of the Triton backend for a call with
             every gradient; None where not known.
+        matrix_products: whether most of its operations are matrix products, which tensor cores run.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Operator:
     least_bytes: Callable[[Any, str], int]
     overloads: tuple[Any, ...]
     launch_count: Callable[[Any, str], int] | None = None
+    matrix_products: bool = False
 
 
 def register(operator: Operator) -> Operator:

@@ -491,6 +491,13 @@ BACKWARD = library.define(
 )
 OPERATOR = library.register(
     library.Operator(
-        "hr_chain", hr_block, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD), triton.launch_count
+        "hr_chain",
+        hr_block,
+        BACKENDS,
+        cases,
+        least_bytes,
+        (FORWARD, BACKWARD),
+        triton.launch_count,
+        matrix_products=True,
     )
 )

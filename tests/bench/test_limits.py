@@ -114,6 +114,14 @@ def test_predictions():
     assert found["forward"]["assumption"] == "assumed copy bandwidth"
 
 
+def test_matrix_products_are_held_against_tensor_cores():
+    h100 = limits.find_gpu("h100")
+    for name in ("attention", "hr_chain"):
+        rows = limits.predictions(library.operators()[name], h100)
+        assert all(row["fma_us"] == 0 < row["tensor_us"] for row in rows)
+        assert all(row["tensor_us"] == pytest.approx(row["flops"] / 798e12 * 1e6) for row in rows)
+
+
 @pytest.mark.skipif(not environment.interpreting(), reason="records launches in Triton's interpreter")
 @pytest.mark.parametrize("name", ["conv", "post_eval_relu6", "no_affine", "pre_train", "kernel5"])
 def test_launches_are_those_of_the_kernels(name):
