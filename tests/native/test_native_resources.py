@@ -37,6 +37,5 @@ def test_no_kernel_spills(tools):
     assert not spilling, resources.format_table(spilling)
     # 255 registers are the limit of a thread; the rest leaves the compiler of another version some room.
     assert max(row.registers for row in rows) <= 240
-    assert max(row.registers for row in rows if row.kernel == "depthwise_forward") <= 200
     assert max(row.shared_bytes for row in rows) <= 48 * 1024
     assert len(rows) == len({(row.kernel, row.config) for row in rows})
