@@ -121,8 +121,8 @@ def _wrong(
 ) -> Iterator[str]:
     exact = {name: want for name, want in exact.items() if want is not None}
     gradients = (value for name, value in exact.items() if name.startswith("grad ") and value.numel())
-    # The gradient of a bias under batch statistics is zero by algebra and has no scale of its own; so is that of
-    # a filter on a map of one pixel.
+    # The gradient of a bias under batch statistics is zero by algebra and has no scale of its own; so is that
+    # of a filter on a map of one pixel.
     scale = max((value.abs().max().item() for value in gradients), default=0.0)
     for name, want in exact.items():
         value = result.get(name)
