@@ -4,9 +4,8 @@
 //
 // Blocks run one after another, which is why __shared__ can be a function-level static. The threads of a
 // block run in one of two ways:
-//   sequential  as coroutines on one OS thread, switched at barriers; fast, and
-//   the same order every time concurrent  as one OS thread each; what
-//   ThreadSanitizer needs to see races
+//   sequential  as coroutines on one OS thread, switched at barriers: fast, and the same order every time
+//   concurrent  as one OS thread each: what ThreadSanitizer needs to see races
 //
 // The record_* functions are called by the load and store helpers of csrc/common/vector.h. They note which
 // bytes each thread block touches (see Traffic) and report misaligned accesses, which a GPU refuses.
@@ -27,6 +26,16 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#    include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char* file, int line);
+void AnnotateIgnoreSyncEnd(const char* file, int line);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
+}
+#endif
 
 #define __global__
 #define __device__
@@ -90,6 +99,34 @@ struct Traffic {
 
 inline Traffic traffic;
 
+#if defined(__SANITIZE_THREAD__)
+// While one lives, ThreadSanitizer takes neither order nor accesses from what the calling thread does.
+struct HiddenFromThreadSanitizer {
+    HiddenFromThreadSanitizer() {
+        __tsan_ignore_thread_begin();
+        AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+    }
+    ~HiddenFromThreadSanitizer() {
+        AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+        __tsan_ignore_thread_end();
+    }
+};
+// What a thread did before order_release(address) comes before what another does after
+// order_acquire(address).
+inline void order_release(void* address) {
+    __tsan_release(address);
+}
+inline void order_acquire(void* address) {
+    __tsan_acquire(address);
+}
+#else
+struct HiddenFromThreadSanitizer {
+    HiddenFromThreadSanitizer() {}
+};
+inline void order_release(void* /*address*/) {}
+inline void order_acquire(void* /*address*/) {}
+#endif
+
 class Barrier {
   public:
     virtual ~Barrier() = default;
@@ -98,23 +135,26 @@ class Barrier {
     virtual void leave() = 0;
 };
 
-// For one OS thread per CUDA thread.
+// For one OS thread per CUDA thread. ThreadSanitizer is told of the order that the barrier makes and not of
+// its mutex: a thread that wakes up late takes the mutex after another has already come to the next barrier,
+// and everything that the other did between the two would pass for ordered.
 class ThreadBarrier : public Barrier {
   public:
     void reset(uint32_t count) {
+        const HiddenFromThreadSanitizer hidden;
+        std::lock_guard lock(mutex_);
         expected_ = count;
         arrived_ = 0;
     }
     void wait() override {
-        std::unique_lock lock(mutex_);
-        if (++arrived_ >= expected_) {
-            open();
-            return;
-        }
-        const uint64_t generation = generation_;
-        condition_.wait(lock, [&] { return generation != generation_; });
+        // The generation does not change before this thread has arrived.
+        char& order = order_[current_generation() % 2];
+        order_release(&order);
+        arrive_and_wait();
+        order_acquire(&order);
     }
     void leave() override {
+        const HiddenFromThreadSanitizer hidden;
         std::lock_guard lock(mutex_);
         --expected_;
         if (expected_ > 0 && arrived_ >= expected_) {
@@ -123,6 +163,20 @@ class ThreadBarrier : public Barrier {
     }
 
   private:
+    uint64_t current_generation() {
+        const HiddenFromThreadSanitizer hidden;
+        return generation_;
+    }
+    void arrive_and_wait() {
+        const HiddenFromThreadSanitizer hidden;
+        std::unique_lock lock(mutex_);
+        if (++arrived_ >= expected_) {
+            open();
+            return;
+        }
+        const uint64_t generation = generation_;
+        condition_.wait(lock, [&] { return generation != generation_; });
+    }
     void open() {
         arrived_ = 0;
         ++generation_;
@@ -132,6 +186,7 @@ class ThreadBarrier : public Barrier {
     std::condition_variable condition_;
     uint32_t expected_ = 0, arrived_ = 0;
     uint64_t generation_ = 0;
+    char order_[2] = {};  // one address per parity: no thread is two generations ahead of another
 };
 
 // For coroutines: waiting is giving way to the next one.
