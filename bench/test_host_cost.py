@@ -114,7 +114,7 @@ def test_checks_and_choice(benchmark):
     norm = BatchNormState(given["gain"], given["shift"], given["mean"], given["var"], False, 0.1, 1e-5)
 
     def check_and_choose():
-        call = op._checked_call(
+        call = op.checked_call(
             given["x"], given["weight"], None, 1, "same", 1, norm, "post", "silu", None, "after", False
         )
         return backends.choose("depthwise", op.BACKENDS, call)

@@ -28,12 +28,12 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from fused_ops.core.checks import FLOAT_TYPES
 from fused_ops.core.explain import explain
 from fused_ops.depthwise.op import (
-    FLOAT_TYPES,
     BatchNormState,
     DepthwiseCall,
-    _checked_call,
+    checked_call,
     depthwise_conv,
     least_bytes,
 )
@@ -872,7 +872,7 @@ def _weigh(
             padding = 0 if conv.padding == "valid" else conv.padding
             options = (conv.stride, padding, conv.dilation, state, "post", chain.activation)
             calls[name].append(
-                _checked_call(inputs[0], conv.weight, conv.bias, *options, None, "after", False)
+                checked_call(inputs[0], conv.weight, conv.bias, *options, None, "after", False)
             )
 
         return hook

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_ops.core.checks import check_choice
+
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
@@ -16,8 +18,7 @@ def check_classifier(num_classes: int, global_pool: str, pools: Sequence[str] = 
     Raises:
         ValueError: for an unknown pooling, a negative number of classes, and classes without pooling.
     """
-    if global_pool not in pools:
-        raise ValueError(f"global_pool must be one of {', '.join(map(repr, pools))}, got {global_pool!r}")
+    check_choice("global_pool", global_pool, pools)
     if num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, got {num_classes}")
     if not global_pool and num_classes:

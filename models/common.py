@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fused_ops.blocks.checkpointing import checkpoint_block
 from fused_ops.blocks.layout import is_channels_last, like_input, to_channels_last
+from fused_ops.core.checks import check_choice
 from fused_ops.models.arguments import POOLS, check_classifier, check_image
 
 SCHEDULES = ("restart", "cumulative")
@@ -33,22 +34,11 @@ def drop_path_rates(rate: float, depths: Sequence[int], schedule: str = "restart
     Raises:
         ValueError: for another schedule.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"drop_path_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check_choice("drop_path_schedule", schedule, SCHEDULES)
     last = max(sum(depths) - 1, 1)
     rates = [rate * i / last for i in range(sum(depths))]
     starts = [0 if schedule == "restart" else sum(depths[:i]) for i in range(len(depths))]
     return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is not among the known ones.
-
-    Raises:
-        ValueError: with the known ones.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_heads(dim: int, num_heads: int) -> None:

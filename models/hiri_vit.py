@@ -29,15 +29,16 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fused_ops import DepthwiseConvBNAct, HRBlock, depthwise_conv
+from fused_ops.attention import SpatialReductionAttention
 from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_last, tokens_to_map
-from fused_ops.blocks.spatial_reduced_attention import SpatialReducedAttention
+from fused_ops.core.activations import FUNCTIONS
+from fused_ops.core.checks import check_activation, check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
     StagedBackbone,
     build_backbone,
-    check_choice,
     check_heads,
     classification_cfg,
     drop_path_rates,
@@ -54,13 +55,6 @@ FEED_FORWARDS = ("cffn", "ffn")
 DOWNS = ("irds_a", "irds_b", "conv")
 SHORTCUTS = ("avg_pool", "strided")
 NORMS = ("batch", "layer")
-ACTIVATIONS = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 
 
 class _Details:
@@ -83,7 +77,7 @@ class _Details:
         down_shortcut: str,
         factory: dict[str, Any],
     ) -> None:
-        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_activation(activation)
         check_choice("down_shortcut", down_shortcut, SHORTCUTS)
         self.activation = activation
         self.bn_eps = bn_eps
@@ -121,7 +115,7 @@ class ConvBNAct(nn.Module):
         self.activation = details.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](self.bn(self.conv(x)))
+        return FUNCTIONS[self.activation](self.bn(self.conv(x)))
 
 
 class HRStem(nn.Module):
@@ -216,7 +210,7 @@ class CFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.fc1(self.norm(x).permute(0, 2, 3, 1))
-        z = ACTIVATIONS[self.activation](tokens).permute(0, 3, 1, 2)
+        z = FUNCTIONS[self.activation](tokens).permute(0, 3, 1, 2)
         z = depthwise_conv(z, self.dw.weight, self.dw.bias, padding=1, residual=z)
         return x + self.drop_path(self.fc2(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
@@ -234,7 +228,7 @@ class FFN(nn.Module):
         self.activation = details.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = ACTIVATIONS[self.activation](self.fc1(self.norm(x).permute(0, 2, 3, 1)))
+        tokens = FUNCTIONS[self.activation](self.fc1(self.norm(x).permute(0, 2, 3, 1)))
         return x + self.drop_path(self.fc2(tokens).permute(0, 3, 1, 2))
 
 
@@ -256,7 +250,7 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=details.ln_eps, **details.factory)
-        self.attn = SpatialReducedAttention(
+        self.attn = SpatialReductionAttention(
             dim, num_heads, reduction_ratio, qkv_bias=details.qkv_bias, **details.factory
         )
         self.drop_path = DropPath(drop_path)

@@ -37,13 +37,13 @@ from torch import Tensor, nn
 
 from fused_ops import BatchNormState, depthwise_conv
 from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_last, tokens_to_map
+from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
     StagedBackbone,
     build_backbone,
-    check_choice,
     check_heads,
     classification_cfg,
     drop_path_rates,

@@ -22,8 +22,8 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from fused_ops.attention import SpatialReductionAttention
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
-from fused_ops.blocks.spatial_reduced_attention import SpatialReducedAttention
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
@@ -79,12 +79,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=_BLOCK_EPS, **factory)
-        self.attn = SpatialReducedAttention(
+        self.attn = SpatialReductionAttention(
             dim,
             num_heads,
             reduction_ratio,
             qkv_bias=qkv_bias,
-            reduced_norm_eps=_EMBED_EPS,
+            norm_eps=_EMBED_EPS,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             **factory,
@@ -116,7 +116,7 @@ class PVT(StagedBackbone):
             0). None is ``token``, or ``avg`` without a class token.
         img_size: height and width that the position tables are for.
         depths, dims, num_heads, reduction_ratios, mlp_ratios, patch_sizes: per stage: blocks, channels,
-            heads, the R of :class:`~fused_ops.blocks.spatial_reduced_attention.SpatialReducedAttention`,
+            heads, the R of :class:`~fused_ops.attention.SpatialReductionAttention`,
             hidden width of the MLP as a multiple of the channels, kernel and stride of the patch embedding.
         qkv_bias: biases of queries, keys and values.
         class_token: put a class token in front of the last stage's tokens.

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import Tensor, nn
 
+from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
-from fused_ops.models.common import StagedBackbone, check_choice, drop_path_rates, init_conv_fan_out
+from fused_ops.models.common import StagedBackbone, drop_path_rates, init_conv_fan_out
 
 STEMS = ("imagenet", "cifar")
 Gate = Callable[..., nn.Module]

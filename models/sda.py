@@ -25,12 +25,12 @@ from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
 from fused_ops.blocks.checkpointing import checkpoint_block
+from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     StagedBackbone,
     build_backbone,
-    check_choice,
     classification_cfg,
     drop_path_rates,
 )

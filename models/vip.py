@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fused_ops import depthwise_conv
 from fused_ops.blocks.layout import to_channels_last
+from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
@@ -30,7 +31,6 @@ from fused_ops.models.common import (
     StagedBackbone,
     TokenPool,
     build_backbone,
-    check_choice,
     check_heads,
     classification_cfg,
     drop_path_rates,

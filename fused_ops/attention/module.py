@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_ops.attention.op import few_key_attention
+from fused_ops.core.checks import check_choice
 
 REDUCTIONS = ("conv", "pool", "token_pool")
 # Of the map that PVTv2's linear attention pools to, whatever the input's size.
@@ -69,8 +70,7 @@ class SpatialReductionAttention(nn.Module):
             raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
         if reduction_ratio < 1:
             raise ValueError(f"reduction_ratio must be at least 1, got {reduction_ratio}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+        check_choice("reduction", reduction, REDUCTIONS)
         factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.reduction_ratio = reduction_ratio

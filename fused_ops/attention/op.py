@@ -12,9 +12,8 @@ from torch import Tensor
 from fused_ops.attention import reference, triton
 from fused_ops.attention.cases import cases
 from fused_ops.core import library
-from fused_ops.core.backends import Backend, choose
-
-FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from fused_ops.core.backends import Backend, choose, reference_can_run
+from fused_ops.core.checks import any_requires_grad, check_alike, check_direction, check_float
 
 
 @dataclass
@@ -75,8 +74,7 @@ class AttentionCall:
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 4:
         raise ValueError(f"query has {query.dim()} dimensions; it must be (B, N, heads, d)")
-    if query.dtype not in FLOAT_TYPES:
-        raise TypeError(f"query has dtype {query.dtype}; use float32, float16, bfloat16 or float64")
+    check_float("query", query)
     batch, _, heads, head_dim = query.shape
     for name, tensor in (("key", key), ("value", value)):
         # Names as they are in the arguments, since all three have other sizes in common.
@@ -85,11 +83,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} has shape {tuple(tensor.shape)}; it must be ({batch}, Nk, {heads}, {head_dim}), as "
                 f"query {tuple(query.shape)} says"
             )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device}; it must be as query, {query.dtype} on "
-                f"{query.device}"
-            )
+        check_alike(name, tensor, query, "query")
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value has {value.shape[1]} rows; it must have one per key, {key.shape[1]}")
 
@@ -192,9 +186,7 @@ def few_key_attention(
         scale = query.shape[3] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not allowed; it must be finite")
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)
-    )
+    needs_grad = any_requires_grad(query, key, value, bias)
     if dropout == 0.0:
         seed = None
     call = AttentionCall(
@@ -205,10 +197,9 @@ def few_key_attention(
         return _stock(call)
     if dropout and seed is None:
         seed = draw_seed(query)
-    run = FORWARD
-    if library.plain_eager(query, key, value, bias, key_mask, seed):
-        run = _Eager.apply if needs_grad else _forward
-    return run(query, key, value, bias, key_mask, seed, call.scale, call.dropout, backend.name)
+    return _DIFFERENTIABLE.run(
+        needs_grad, query, key, value, bias, key_mask, seed, call.scale, call.dropout, backend.name
+    )
 
 
 def _stock(call: AttentionCall) -> Tensor:
@@ -282,25 +273,11 @@ def _autograd(ctx, grad):
     if torch.is_grad_enabled():
         gradients = _differentiable_backward(ctx, grad, needs)
     else:
-        query, key, value, *rest = ctx.saved_tensors
-        run = _backward if library.plain_eager(grad, query, key, value) else BACKWARD
-        gradients = run(grad, query, key, value, *rest, ctx.scale, ctx.dropout, needs, ctx.backend)
+        gradients = _DIFFERENTIABLE.run_backward(
+            grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, needs, ctx.backend
+        )
         gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, None, None, None, None, None)
-
-
-class _Eager(torch.autograd.Function):
-    """The registered operator's forward and autograd without the dispatcher between them."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _autograd(ctx, grad)
 
 
 def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -313,13 +290,6 @@ def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tenso
     for index, gradient in zip(wanted, results, strict=True):
         gradients[index] = gradient
     return gradients
-
-
-def _once_differentiable(ctx, *_):
-    raise RuntimeError(
-        "fused_ops::attention_backward is differentiable only through few_key_attention with "
-        "create_graph=True"
-    )
 
 
 def _product_flops(query_shape: tuple[int, ...], keys: int) -> int:
@@ -346,8 +316,7 @@ def least_bytes(call: AttentionCall, direction: str) -> int:
     three and the output's gradient are read, three gradients are written. Nothing is kept from forward for
     backward but the inputs. A bias is read once each way, and its gradient is written.
     """
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"direction={direction!r} is not allowed; use 'forward' or 'backward'")
+    check_direction(direction)
     size = call.query.element_size()
     query, key = size * call.query.numel(), size * call.key.numel()
     bias = 0 if call.bias is None else call.bias.element_size() * call.bias.numel()
@@ -367,29 +336,27 @@ def _sdpa_can_run(call: AttentionCall) -> tuple[bool, str]:
     return True, ""
 
 
-def _reference_can_run(call: AttentionCall) -> tuple[bool, str]:
-    return True, ""
-
-
 # PyTorch's attention stands twice: as what long rows of keys are given to, and as what everything falls back
 # to, which is said to the user.
 BACKENDS = (
     Backend("triton", triton.can_run, triton.forward, triton.backward, triton.tiles),
     Backend("sdpa", _sdpa_can_run),
-    Backend("reference", _reference_can_run),
+    Backend("reference", reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-FORWARD = library.define(
+_DIFFERENTIABLE = library.DifferentiableOperator(
     _FORWARD_SCHEMA,
-    _forward,
-    fake=_forward_fake,
-    flops=_forward_flops,
+    _BACKWARD_SCHEMA,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    forward_flops=_forward_flops,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    backward_flops=_backward_flops,
     setup_context=_setup_context,
-    backward=_autograd,
-)
-BACKWARD = library.define(
-    _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
+    autograd=_autograd,
+    once_differentiable="is differentiable only through few_key_attention with create_graph=True",
 )
 OPERATOR = library.register(
     library.Operator(
@@ -398,7 +365,7 @@ OPERATOR = library.register(
         BACKENDS,
         cases,
         least_bytes,
-        (FORWARD, BACKWARD),
+        _DIFFERENTIABLE.overloads,
         matrix_products=True,
     )
 )

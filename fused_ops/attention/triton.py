@@ -8,7 +8,6 @@ gradients of the scores over the batch. No atomics: results repeat bitwise.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,7 +30,6 @@ LARGEST_BACKWARD = 256 * 32
 # Two programs for each multiprocessor of the largest GPUs. A constant, so that with the same tiles the order
 # of the sums over queries, and with it every bit of the result, is the same on all GPUs.
 PROGRAMS = 264
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Fixed when the kernels are defined.
 _INTERPRETED = environment.interpreting()
 
@@ -39,13 +37,9 @@ _INTERPRETED = environment.interpreting()
 def can_run(call: Any) -> tuple[bool, str]:
     """Whether the Triton kernels can run ``call``; one sentence says why not."""
     query = call.query
-    ok, reason = backends.triton_status(query.device.index)
+    ok, reason = backends.triton_takes("query", query)
     if not ok:
         return False, reason
-    if not query.is_cuda and not environment.interpreting():
-        return False, f"query is on {query.device}; the Triton kernels need a CUDA tensor"
-    if query.dtype not in _DTYPES:
-        return False, f"query is {query.dtype}; the Triton kernels are for float32, float16 and bfloat16"
     ok, reason = fits(call)
     if not ok:
         return False, reason
@@ -225,7 +219,7 @@ def forward(call: Any, out: Tensor) -> Tensor:
     """Launch the forward kernel of a call that :func:`can_run`; fills and returns ``out``."""
     plan = _plan("forward", call)
     pointers, strides, numbers, options = _shared_arguments(call)
-    with _device_of(out):
+    with backends.device_of(out):
         forward_kernel[plan.grid](
             *pointers,
             out,
@@ -273,7 +267,7 @@ def backward(call: Any, grad: Tensor, needs: list[bool], *gradients: Tensor) -> 
     scores = None
     if bias_grad is not None:
         scores = torch.empty((batch, heads, queries, keys), dtype=torch.float32, device=grad.device)
-    with _device_of(grad):
+    with backends.device_of(grad):
         backward_kernel[plan.grid](
             grad,
             *pointers,
@@ -317,10 +311,3 @@ def _sum_parts(partial: Tensor, parts: int, count: int, first: Tensor, second: T
         num_warps=4,
         enable_fp_fusion=True,
     )
-
-
-def _device_of(tensor: Tensor) -> Any:
-    # Triton launches on the current device, which need not be the one that holds the tensor.
-    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)

@@ -1,8 +1,21 @@
-"""Activations and their derivatives for Triton kernels, on float32 tiles of any shape."""
+"""Activations: as PyTorch functions, and with their derivatives for Triton kernels, on float32 tiles."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+
 from fused_ops.core.triton_support import jit, tl
+
+# The names that every operator takes, and what they mean.
+FUNCTIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
 
 
 @jit

@@ -218,6 +218,33 @@ def triton_status(device: int | None = None) -> tuple[bool, str]:
     return _triton_status(device)
 
 
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def triton_takes(name: str, x: torch.Tensor) -> tuple[bool, str]:
+    """Whether Triton kernels run on tensors like ``x``, the argument ``name``; one sentence says why not."""
+    ok, reason = triton_status(x.device.index)
+    if not ok:
+        return False, reason
+    if not x.is_cuda and not environment.interpreting():
+        return False, f"{name} is on {x.device}; the Triton kernels need a CUDA tensor"
+    if x.dtype not in TRITON_DTYPES:
+        return False, f"{name} is {x.dtype}; the Triton kernels are for float32, float16 and bfloat16"
+    return True, ""
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the device of ``x`` the current one, on which Triton launches."""
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def reference_can_run(call: Any) -> tuple[bool, str]:
+    """The reference takes every call."""
+    return True, ""
+
+
 def status() -> dict[str, tuple[bool, str]]:
     """For every backend: whether it can run anything in this process, and the reason."""
     from fused_ops.core import native

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fused_ops.core import distributed
@@ -62,3 +63,11 @@ class BatchNormState(NamedTuple):
             norm.eps,
             distributed.group_name(norm.process_group) if synchronised else "",
         )
+
+    def update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Mix the statistics (C) of a batch into the running ones, in place; nothing where none are kept."""
+        if not self.batch_stats or self.running_mean is None:
+            return
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)

@@ -80,7 +80,7 @@ def define(
     Returns:
         The operator's default overload.
     """
-    name = schema[: schema.index("(")]
+    name = _name_of(schema)
     # Strides are part of what a kernel sees, so the compiler must not change them behind its back.
     _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     for key in ("CPU", "CUDA"):
@@ -93,6 +93,93 @@ def define(
         )
     register_flop_formula(packet)(flops)
     return packet.default
+
+
+class DifferentiableOperator:
+    """A pair of torch operators, one for each direction, called without the dispatcher where it can be.
+
+    Attributes:
+        forward, backward: the two operators' default overloads.
+    """
+
+    def __init__(
+        self,
+        forward_schema: str,
+        backward_schema: str,
+        *,
+        forward: Callable[..., Any],
+        forward_fake: Callable[..., Any],
+        forward_flops: Callable[..., int],
+        backward: Callable[..., Any],
+        backward_fake: Callable[..., Any],
+        backward_flops: Callable[..., int],
+        setup_context: Callable[..., None],
+        autograd: Callable[..., Any],
+        once_differentiable: str,
+    ) -> None:
+        """Define both operators; see :func:`define` for schemas, fakes and formulas.
+
+        Args:
+            forward_schema, backward_schema: name tensors before everything else.
+            forward, backward: run the operators.
+            setup_context: ``setup_context(ctx, inputs, output)`` keeps what ``autograd`` needs.
+            autograd: ``autograd(ctx, *output_gradients)`` gives one gradient per input of forward.
+            once_differentiable: what to say to who differentiates the backward operator.
+        """
+
+        def refuse(ctx, *_):
+            raise RuntimeError(f"fused_ops::{_name_of(backward_schema)} {once_differentiable}")
+
+        self._forward, self._backward = forward, backward
+        self._inputs, self._gradient_inputs = (
+            schema.partition("->")[0].count("Tensor") for schema in (forward_schema, backward_schema)
+        )
+        self.forward = define(
+            forward_schema,
+            forward,
+            fake=forward_fake,
+            flops=forward_flops,
+            setup_context=setup_context,
+            backward=autograd,
+        )
+        self.backward = define(
+            backward_schema, backward, fake=backward_fake, flops=backward_flops, backward=refuse
+        )
+
+        class Direct(torch.autograd.Function):
+            """The registered operator's forward and autograd without the dispatcher between them."""
+
+            @staticmethod
+            def forward(ctx, *inputs):
+                output = forward(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                return autograd(ctx, *gradients)
+
+        self._recorded = Direct.apply
+
+    @property
+    def overloads(self) -> tuple[Any, Any]:
+        return (self.forward, self.backward)
+
+    def run(self, needs_grad: bool, *inputs: Any) -> Any:
+        """Call the forward operator; ``needs_grad``: whether any input gets a gradient."""
+        if not plain_eager(*inputs[: self._inputs]):
+            return self.forward(*inputs)
+        return self._recorded(*inputs) if needs_grad else self._forward(*inputs)
+
+    def run_backward(self, *inputs: Any) -> Any:
+        """Call the backward operator; where gradients are recorded, the registered one, which refuses."""
+        if torch.is_grad_enabled() or not plain_eager(*inputs[: self._gradient_inputs]):
+            return self.backward(*inputs)
+        return self._backward(*inputs)
+
+
+def _name_of(schema: str) -> str:
+    return schema[: schema.index("(")]
 
 
 def plain_eager(*tensors: Tensor | None) -> bool:

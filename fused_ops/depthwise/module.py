@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.core.batch_norm import BatchNormState
-from fused_ops.depthwise.op import ACTIVATIONS, depthwise_conv
+from fused_ops.core.checks import check_activation, check_choice
+from fused_ops.depthwise.op import depthwise_conv
 
 
 def _check_options(activation: str, residual_placement: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    if residual_placement not in ("before", "after"):
-        raise ValueError(f"residual_placement={residual_placement!r} is not allowed; use 'before' or 'after'")
+    check_activation(activation)
+    check_choice("residual_placement", residual_placement, ("before", "after"))
 
 
 def _make_conv(channels: int, kernel_size: int, padding: int | None, dilation: int, **options: Any) -> Any:
@@ -202,8 +201,7 @@ class DepthwiseConvBNAct(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(activation, residual_placement)
-        if norm_placement not in ("pre", "post"):
-            raise ValueError(f"norm_placement={norm_placement!r} is not allowed; use 'pre' or 'post'")
+        check_choice("norm_placement", norm_placement, ("pre", "post"))
         self.conv = nn.Conv2d(
             **_make_conv(
                 channels, kernel_size, padding, dilation, stride=stride, bias=bias, device=device, dtype=dtype

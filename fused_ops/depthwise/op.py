@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
-from fused_ops.core.backends import Backend, choose
+from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.checks import (
+    any_requires_grad,
+    check_activation,
+    check_alike,
+    check_choice,
+    check_companion,
+    check_direction,
+    check_map,
+    check_norm,
+    check_parameter,
+    check_values_per_channel,
+)
 from fused_ops.depthwise import cuda, reference, triton
 from fused_ops.depthwise.cases import cases
-
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -125,24 +134,7 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
     return pair
 
 
-def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    if vector is None:
-        return
-    if tuple(vector.shape) != (x.shape[1],):
-        raise ValueError(
-            f"{name} has shape {tuple(vector.shape)}; it must be ({x.shape[1]},), one per channel"
-        )
-    _check_companion(name, vector, x)
-
-
-def _check_companion(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be where x is, on {x.device}")
-    if tensor.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32 or that of x, {x.dtype}")
-
-
-def _checked_call(
+def checked_call(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -156,10 +148,7 @@ def _checked_call(
     residual_placement: str,
     recompute: bool,
 ) -> DepthwiseCall:
-    if x.dim() != 4:
-        raise ValueError(f"x has {x.dim()} dimensions; it must be (B, C, H, W)")
-    if x.dtype not in FLOAT_TYPES:
-        raise TypeError(f"x has dtype {x.dtype}; use float32, float16, bfloat16 or float64")
+    check_map("x", x)
     channels = x.shape[1]
     if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
         raise ValueError(
@@ -168,8 +157,8 @@ def _checked_call(
         )
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f"weight has a {weight.shape[2]}x{weight.shape[3]} kernel; sizes must be odd")
-    _check_companion("weight", weight, x)
-    _check_vector("bias", bias, x)
+    check_companion("weight", weight, x)
+    check_parameter("bias", bias, (channels,), "one per channel", x)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if padding == "same":
         if stride != (1, 1):
@@ -178,17 +167,11 @@ def _checked_call(
     elif isinstance(padding, str):
         raise ValueError(f"padding={padding!r} is not allowed; use 'same' or integers")
     padding = _pair("padding", padding, 0)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    if norm_placement not in ("pre", "post"):
-        raise ValueError(f"norm_placement={norm_placement!r} is not allowed; use 'pre' or 'post'")
-    if residual_placement not in ("before", "after"):
-        raise ValueError(f"residual_placement={residual_placement!r} is not allowed; use 'before' or 'after'")
+    check_activation(activation)
+    check_choice("norm_placement", norm_placement, ("pre", "post"))
+    check_choice("residual_placement", residual_placement, ("before", "after"))
     if norm is not None:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _check_vector(f"norm.{name}", getattr(norm, name), x)
-        if not norm.batch_stats and (norm.running_mean is None or norm.running_var is None):
-            raise ValueError("norm has no running statistics, so batch_stats must be true")
+        check_norm(norm, x)
     batch_stats = norm is not None and norm.batch_stats
     running = norm is not None and not batch_stats
     identity = residual is x
@@ -223,18 +206,10 @@ def _checked_call(
             raise ValueError(
                 f"residual has shape {tuple(residual.shape)}; it must be the output's, {call.output_shape}"
             )
-        if residual.dtype != x.dtype or residual.device != x.device:
-            raise TypeError(
-                f"residual is {residual.dtype} on {residual.device}; it must be as x, {x.dtype} on {x.device}"
-            )
-    if batch_stats and call.values_per_channel == 1 and not call.group:
-        normalised = call.output_shape if norm_placement == "post" else tuple(x.shape)
-        # torch's own words, so that code that looks for them goes on working.
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {normalised}")
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (x, weight, bias, call.norm_weight, call.norm_bias, residual)
-    )
+        check_alike("residual", residual, x)
+    if batch_stats and not call.group:
+        check_values_per_channel(call.output_shape if norm_placement == "post" else tuple(x.shape))
+    needs_grad = any_requires_grad(x, weight, bias, call.norm_weight, call.norm_bias, residual)
     call.needs_grad = needs_grad
     norm_grad = any(
         tensor is not None and tensor.requires_grad for tensor in (call.norm_weight, call.norm_bias)
@@ -316,7 +291,7 @@ def depthwise_conv(
                 residual_placement=residual_placement,
                 recompute=recompute,
             )
-    call = _checked_call(
+    call = checked_call(
         x,
         weight,
         bias,
@@ -333,10 +308,8 @@ def depthwise_conv(
     backend = choose("depthwise", BACKENDS, call)
     if backend.name == "reference":
         return _reference(call, norm)
-    run = FORWARD
-    if library.plain_eager(x, weight, bias, call.norm_weight, call.norm_bias, residual):
-        run = _Eager.apply if call.needs_grad else _forward
-    out, _, mean, _, unbiased = run(
+    out, _, mean, _, unbiased = _DIFFERENTIABLE.run(
+        call.needs_grad,
         call.x,
         call.weight,
         call.bias,
@@ -358,15 +331,9 @@ def depthwise_conv(
         call.keep_raw,
         backend.name,
     )
-    if call.batch_stats and norm.running_mean is not None:
-        _update_running(norm, mean, unbiased)
+    if norm is not None:
+        norm.update_running(mean, unbiased)
     return out
-
-
-def _update_running(norm: BatchNormState, mean: Tensor, unbiased: Tensor) -> None:
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def _reference(call: DepthwiseCall, norm: BatchNormState | None) -> Tensor:
@@ -527,8 +494,7 @@ def _autograd(ctx, grad, *_):
             ctx.options[3], ctx.options[4], ctx.options[6], needs[3] or needs[4]
         ):
             raw = _convolve_again(ctx)
-        run = _backward if library.plain_eager(grad, x, weight) else BACKWARD
-        gradients = run(
+        gradients = _DIFFERENTIABLE.run_backward(
             grad,
             x,
             weight,
@@ -549,20 +515,6 @@ def _autograd(ctx, grad, *_):
     return (*gradients[:5], None, None, gradients[5], *(None,) * 12)
 
 
-class _Eager(torch.autograd.Function):
-    """The registered operator's forward and autograd without the dispatcher between them."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return _autograd(ctx, *gradients)
-
-
 def _convolve_again(ctx) -> Tensor:
     """The convolution's own output, with the statistics that the forward pass normalised with."""
     x, weight, bias, norm_weight, norm_bias, mean, var, _, _ = ctx.saved_tensors
@@ -570,7 +522,7 @@ def _convolve_again(ctx) -> Tensor:
     norm = "none" if norm == "post" else norm
     options = (stride, padding, dilation, norm, False, eps, "none", "none", False, "")
     affine = (norm_weight, norm_bias, mean, var) if norm == "pre" else (None,) * 4
-    return FORWARD(x, weight, bias, *affine, None, *options, False, ctx.backend)[0]
+    return _DIFFERENTIABLE.forward(x, weight, bias, *affine, None, *options, False, ctx.backend)[0]
 
 
 def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -614,12 +566,6 @@ def _differentiable_backward(ctx, grad: Tensor, needs: list[bool]) -> list[Tenso
     return gradients
 
 
-def _once_differentiable(ctx, *_):
-    raise RuntimeError(
-        "fused_ops::depthwise_backward is differentiable only through depthwise_conv with create_graph=True"
-    )
-
-
 def _convolution_flops(out_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
     batch, channels, height, width = out_shape
     return 2 * batch * channels * height * width * weight_shape[2] * weight_shape[3]
@@ -643,8 +589,7 @@ def least_bytes(call: DepthwiseCall, direction: str) -> int:
     gradient and the convolution's output twice (the two BatchNorm sums come before anything that uses them);
     pre-norm with batch statistics writes and reads its partial input gradient once more and x again.
     """
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"direction={direction!r} is not allowed; use 'forward' or 'backward'")
+    check_direction(direction)
     size = call.x.element_size()
     batch, channels, height, width = call.output_shape
     out = size * batch * channels * height * width
@@ -671,30 +616,34 @@ def least_bytes(call: DepthwiseCall, direction: str) -> int:
     return total + batch_pre * 3 * x
 
 
-def _reference_can_run(call: DepthwiseCall) -> tuple[bool, str]:
-    return True, ""
-
-
 BACKENDS = (
     Backend("cuda", cuda.can_run, cuda.forward, cuda.backward, tiles=cuda.tiles),
     Backend("triton", triton.can_run, triton.forward, triton.backward, tiles=triton.tiles),
-    Backend("reference", _reference_can_run),
+    Backend("reference", reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-FORWARD = library.define(
+_DIFFERENTIABLE = library.DifferentiableOperator(
     _FORWARD_SCHEMA,
-    _forward,
-    fake=_forward_fake,
-    flops=_forward_flops,
+    _BACKWARD_SCHEMA,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    forward_flops=_forward_flops,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    backward_flops=_backward_flops,
     setup_context=_setup_context,
-    backward=_autograd,
-)
-BACKWARD = library.define(
-    _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
+    autograd=_autograd,
+    once_differentiable="is differentiable only through depthwise_conv with create_graph=True",
 )
 OPERATOR = library.register(
     library.Operator(
-        "depthwise", depthwise_conv, BACKENDS, cases, least_bytes, (FORWARD, BACKWARD), triton.launch_count
+        "depthwise",
+        depthwise_conv,
+        BACKENDS,
+        cases,
+        least_bytes,
+        _DIFFERENTIABLE.overloads,
+        triton.launch_count,
     )
 )

@@ -10,17 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.distributed import synchronised_batch_norm
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 
 
 def depthwise(
@@ -84,7 +75,7 @@ def depthwise(
         value = batch_norm(value)
     if residual_mode == "before":
         value = value + residual
-    value = ACTIVATIONS[activation](value)
+    value = FUNCTIONS[activation](value)
     if residual_mode == "after":
         value = value + residual
     return value

@@ -13,14 +13,13 @@ transposed first.
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_ops.core import backends, distributed, environment, library, tuning
+from fused_ops.core import backends, distributed, library, tuning
 from fused_ops.core.statistics import finish_gradients, merge_moments
 from fused_ops.depthwise.triton_general import (
     LARGEST_FILTER,
@@ -46,7 +45,6 @@ from fused_ops.depthwise.triton_rows import (
     rows_tiles,
 )
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_ROW = 2**31
 _NO_STRIDES = (0, 0, 0, 0)
 
@@ -54,13 +52,9 @@ _NO_STRIDES = (0, 0, 0, 0)
 def can_run(call: Any) -> tuple[bool, str]:
     """Whether the Triton kernels can run ``call``; one sentence says why not."""
     x = call.x
-    ok, reason = backends.triton_status(x.device.index)
+    ok, reason = backends.triton_takes("x", x)
     if not ok:
         return False, reason
-    if not x.is_cuda and not environment.interpreting():
-        return False, f"x is on {x.device}; the Triton kernels need a CUDA tensor"
-    if x.dtype not in _DTYPES:
-        return False, f"x is {x.dtype}; the Triton kernels are for float32, float16 and bfloat16"
     kernel = call.kernel_size
     if kernel[0] * kernel[1] > LARGEST_FILTER:
         name = "x".join(map(str, kernel))
@@ -256,7 +250,7 @@ def forward(
         mean, var, unbiased: (C) float32, the batch's statistics (biased and unbiased variance) over the
             process group, written where ``call.batch_stats``.
     """
-    with _device_of(call.x):
+    with backends.device_of(call.x):
         _forward(call, out, raw, mean, var, unbiased)
     return out, raw, mean, var, unbiased
 
@@ -320,7 +314,7 @@ def backward(
         needs: which of x, weight, bias, norm_weight, norm_bias, residual get a gradient.
         gradients: outputs for them, absent ones empty.
     """
-    with _device_of(call.x):
+    with backends.device_of(call.x):
         _backward(call, grad, raw, needs, gradients)
     return gradients
 
@@ -506,10 +500,3 @@ def launch_count(call: Any, direction: str) -> int:
         return 1 + transposed + 2 * (batch_post or batch_pre) + (transposed and call.convolves_twice)
     again = call.needs_raw and not call.keep_raw
     return 2 + transposed + 2 * batch_post + batch_pre + again * (1 + transposed)
-
-
-def _device_of(x: Tensor) -> Any:
-    # Triton launches on the current device, which need not be the one that holds x.
-    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

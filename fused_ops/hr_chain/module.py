@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.checks import check_activation
 from fused_ops.core.drop_path import DropPath
-from fused_ops.hr_chain.op import ACTIVATIONS, hr_block
-from fused_ops.hr_chain.reference import ACTIVATIONS as FUNCTIONS
+from fused_ops.hr_chain.op import hr_block
 from fused_ops.hr_chain.reference import repeat
 
 
@@ -64,8 +65,7 @@ class HRBlock(nn.Module):
         hidden_dim = int(dim * expansion)
         if hidden_dim < 1:
             raise ValueError(f"expansion={expansion} leaves no hidden unit of {dim} channels")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        check_activation(activation)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def depthwise(stride: int, bias: bool) -> nn.Conv2d:

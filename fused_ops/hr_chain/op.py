@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
-from fused_ops.core.backends import Backend, choose
+from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.checks import (
+    any_requires_grad,
+    check_activation,
+    check_direction,
+    check_map,
+    check_norm,
+    check_parameter,
+    check_values_per_channel,
+)
 from fused_ops.hr_chain import reference, triton
 from fused_ops.hr_chain.cases import cases
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Inputs of the torch operators that are tensors, in order; the first ten get gradients.
 _TENSORS = (
     "x",
@@ -105,17 +112,6 @@ class HRChainCall:
         )
 
 
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], what: str, x: Tensor) -> None:
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}, {what}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be where x is, on {x.device}")
-    if tensor.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32 or that of x, {x.dtype}")
-
-
 def _checked_call(
     x: Tensor,
     high_weight: Tensor,
@@ -130,10 +126,7 @@ def _checked_call(
     identity: bool,
     drop_path: Tensor | None,
 ) -> HRChainCall:
-    if x.dim() != 4:
-        raise ValueError(f"x has {x.dim()} dimensions; it must be (B, C, H, W)")
-    if x.dtype not in FLOAT_TYPES:
-        raise TypeError(f"x has dtype {x.dtype}; use float32, float16, bfloat16 or float64")
+    check_map("x", x)
     batch, channels, height, width = x.shape
     if min(channels, height, width) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; channels, height and width must be at least 1")
@@ -142,21 +135,21 @@ def _checked_call(
     hidden = fc1_weight.shape[0]
     per_channel = "one per channel"
     for name, tensor in (("high_weight", high_weight), ("low_weight", low_weight)):
-        _check(name, tensor, (channels, 1, 3, 3), "one filter per channel of x", x)
-    _check("fc1_weight", fc1_weight, (hidden, channels), "from the channels of x to the hidden units", x)
-    _check("fc2_weight", fc2_weight, (channels, hidden), "from fc1's hidden units to the channels of x", x)
-    _check("high_bias", high_bias, (channels,), per_channel, x)
-    _check("fc1_bias", fc1_bias, (hidden,), "one per hidden unit", x)
-    _check("fc2_bias", fc2_bias, (channels,), per_channel, x)
-    _check("drop_path", drop_path, (batch,), "one factor per image", x)
+        check_parameter(name, tensor, (channels, 1, 3, 3), "one filter per channel of x", x)
+    check_parameter(
+        "fc1_weight", fc1_weight, (hidden, channels), "from the channels of x to the hidden units", x
+    )
+    check_parameter(
+        "fc2_weight", fc2_weight, (channels, hidden), "from fc1's hidden units to the channels of x", x
+    )
+    check_parameter("high_bias", high_bias, (channels,), per_channel, x)
+    check_parameter("fc1_bias", fc1_bias, (hidden,), "one per hidden unit", x)
+    check_parameter("fc2_bias", fc2_bias, (channels,), per_channel, x)
+    check_parameter("drop_path", drop_path, (batch,), "one factor per image", x)
     if drop_path is not None and drop_path.requires_grad:
         raise ValueError("drop_path requires grad; it is a random factor and gets no gradient")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _check(f"norm.{name}", getattr(norm, name), (channels,), per_channel, x)
-    if not norm.batch_stats and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError("norm has no running statistics, so batch_stats must be true")
+    check_activation(activation)
+    check_norm(norm, x)
     call = HRChainCall(
         x,
         high_weight,
@@ -177,13 +170,9 @@ def _checked_call(
         identity,
         norm.group if norm.batch_stats else "",
     )
-    if norm.batch_stats and call.values_per_channel == 1 and not call.group:
-        normalised = (batch, channels, *call.low_size)
-        # torch's own words, so that code that looks for them goes on working.
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {normalised}")
-    call.needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in call.tensors()[:_GRADIENTS]
-    )
+    if norm.batch_stats and not call.group:
+        check_values_per_channel((batch, channels, *call.low_size))
+    call.needs_grad = any_requires_grad(*call.tensors()[:_GRADIENTS])
     call.keep_low = call.needs_grad
     return call
 
@@ -268,10 +257,8 @@ def hr_block(
     backend = choose("hr_chain", BACKENDS, call)
     if backend.name == "reference":
         return _reference(call, norm)
-    run = FORWARD
-    if library.plain_eager(*call.tensors()):
-        run = _Eager.apply if call.needs_grad else _forward
-    out, _, mean, _, unbiased = run(
+    out, _, mean, _, unbiased = _DIFFERENTIABLE.run(
+        call.needs_grad,
         *call.tensors(),
         call.batch_stats,
         call.eps,
@@ -281,10 +268,7 @@ def hr_block(
         call.keep_low,
         backend.name,
     )
-    if call.batch_stats and norm.running_mean is not None:
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    norm.update_running(mean, unbiased)
     return out
 
 
@@ -393,34 +377,9 @@ def _autograd(ctx, grad, *_):
         return (None,) * inputs
     low, *tensors = ctx.saved_tensors
     needs = [bool(needed) for needed in ctx.needs_input_grad[:_GRADIENTS]]
-    run = BACKWARD
-    # With create_graph=True the registered operator runs, which says that it cannot be differentiated again.
-    if not torch.is_grad_enabled() and library.plain_eager(grad, low, *tensors):
-        run = _backward
-    gradients = run(grad, low, *tensors, *ctx.options, needs, ctx.backend)
+    gradients = _DIFFERENTIABLE.run_backward(grad, low, *tensors, *ctx.options, needs, ctx.backend)
     gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, *(None,) * (inputs - _GRADIENTS))
-
-
-class _Eager(torch.autograd.Function):
-    """The registered operator's forward and autograd without the dispatcher between them."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return _autograd(ctx, *gradients)
-
-
-def _once_differentiable(ctx, *_):
-    raise RuntimeError(
-        "fused_ops::hr_chain_backward has no derivative of its own; for second derivatives run hr_block "
-        'inside fused_ops.backend("reference")'
-    )
 
 
 def _layer_flops(shape: tuple[int, ...], hidden: int) -> tuple[int, int, int]:
@@ -458,8 +417,7 @@ def least_bytes(call: HRChainCall, direction: str) -> int:
     output, and the gradient of the norm's output is written and read; x is read and its gradient written.
     Running statistics need the strided convolution's output once.
     """
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"direction={direction!r} is not allowed; use 'forward' or 'backward'")
+    check_direction(direction)
     size = call.x.element_size()
     x = size * call.x.numel()
     low = size * call.values_per_channel * call.x.shape[1]
@@ -468,26 +426,25 @@ def least_bytes(call: HRChainCall, direction: str) -> int:
     return 4 * x + (3 + call.batch_stats) * low
 
 
-def _reference_can_run(call: HRChainCall) -> tuple[bool, str]:
-    return True, ""
-
-
 BACKENDS = (
     Backend("triton", triton.can_run, triton.forward, triton.backward),
-    Backend("reference", _reference_can_run),
+    Backend("reference", reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-FORWARD = library.define(
+_DIFFERENTIABLE = library.DifferentiableOperator(
     _FORWARD_SCHEMA,
-    _forward,
-    fake=_forward_fake,
-    flops=_forward_flops,
+    _BACKWARD_SCHEMA,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    forward_flops=_forward_flops,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    backward_flops=_backward_flops,
     setup_context=_setup_context,
-    backward=_autograd,
-)
-BACKWARD = library.define(
-    _BACKWARD_SCHEMA, _backward, fake=_backward_fake, flops=_backward_flops, backward=_once_differentiable
+    autograd=_autograd,
+    once_differentiable="has no derivative of its own; for second derivatives run hr_block inside "
+    'fused_ops.backend("reference")',
 )
 OPERATOR = library.register(
     library.Operator(
@@ -496,7 +453,7 @@ OPERATOR = library.register(
         BACKENDS,
         cases,
         least_bytes,
-        (FORWARD, BACKWARD),
+        _DIFFERENTIABLE.overloads,
         triton.launch_count,
         matrix_products=True,
     )

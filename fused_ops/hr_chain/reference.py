@@ -9,17 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.distributed import synchronised_batch_norm
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 
 
 def hr_chain(
@@ -78,7 +69,7 @@ def hr_chain(
         low = synchronised_batch_norm(low, mean, var, norm_weight, norm_bias, momentum, eps, group)
     else:
         low = F.batch_norm(low, mean, var, norm_weight, norm_bias, batch_stats, momentum, eps)
-    hidden = ACTIVATIONS[activation](F.linear(low.permute(0, 2, 3, 1), cast(fc1_weight), cast(fc1_bias)))
+    hidden = FUNCTIONS[activation](F.linear(low.permute(0, 2, 3, 1), cast(fc1_weight), cast(fc1_bias)))
     grown = repeat(F.linear(hidden, cast(fc2_weight), cast(fc2_bias)), (x.shape[2], x.shape[3]))
     branch = high + grown
     if drop_path is not None:

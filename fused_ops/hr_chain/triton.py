@@ -10,14 +10,13 @@ transposed, and matrices of another dtype than ``x`` are cast.
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ops.core import backends, distributed, environment, library
+from fused_ops.core import backends, distributed, library
 from fused_ops.core.statistics import finish_gradients, merge_moments
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
 from fused_ops.hr_chain.triton_backward import (
@@ -29,7 +28,6 @@ from fused_ops.hr_chain.triton_backward import (
 )
 from fused_ops.hr_chain.triton_forward import forward_kernel, statistics_kernel
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_CHANNELS = 256
 # An argument of the kernels, so that they do not unroll their loops over it.
 _FILTER_ROWS = 3
@@ -38,13 +36,9 @@ _FILTER_ROWS = 3
 def can_run(call: Any) -> tuple[bool, str]:
     """Whether the Triton kernels can run ``call``; one sentence says why not."""
     x = call.x
-    ok, reason = backends.triton_status(x.device.index)
+    ok, reason = backends.triton_takes("x", x)
     if not ok:
         return False, reason
-    if not x.is_cuda and not environment.interpreting():
-        return False, f"x is on {x.device}; the Triton kernels need a CUDA tensor"
-    if x.dtype not in _DTYPES:
-        return False, f"x is {x.dtype}; the Triton kernels are for float32, float16 and bfloat16"
     if x.shape[1] > LARGEST_CHANNELS:
         return False, f"x has {x.shape[1]} channels; the Triton kernels are for up to {LARGEST_CHANNELS}"
     if x.numel() == 0:
@@ -245,7 +239,7 @@ def forward(
         mean, var, unbiased: (C) float32, the batch's statistics over the process group, written where
             ``call.batch_stats``.
     """
-    with _device_of(call.x):
+    with backends.device_of(call.x):
         _forward(call, out, low, mean, var, unbiased)
     return out, low, mean, var, unbiased
 
@@ -318,7 +312,7 @@ def backward(
             norm_weight, norm_bias get a gradient.
         gradients: outputs for them, absent ones empty.
     """
-    with _device_of(call.x):
+    with backends.device_of(call.x):
         _backward(call, grad, low, needs, gradients)
     return gradients
 
@@ -527,10 +521,3 @@ def _finish(
         num_warps=4,
         enable_fp_fusion=True,
     )
-
-
-def _device_of(x: Tensor) -> Any:
-    # Triton launches on the current device, which need not be the one that holds x.
-    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

@@ -432,7 +432,7 @@ def test_backward_operator_is_once_differentiable(device):
     tensors = [tensor.detach() for tensor in arguments_of((1, 4, 3, 1, 8), device).values()]
     grad = torch.randn(1, 4, 1, 8, device=device, requires_grad=True)
     needs = [True, True, True, False]
-    found = op.BACKWARD(grad, *tensors, None, None, None, 1.0, 0.0, needs, "triton")
+    found = op.OPERATOR.overloads[1](grad, *tensors, None, None, None, 1.0, 0.0, needs, "triton")
     with pytest.raises(RuntimeError, match="attention_backward is differentiable only through"):
         found[0].sum().backward()
 

@@ -253,7 +253,7 @@ def test_reset_classifier(name):
         assert model(x).shape == model.forward_features(x).shape
     with pytest.raises(ValueError, match="global_pool=''"):
         model.reset_classifier(3, "")
-    with pytest.raises(ValueError, match=r"global_pool must be one of .*'median'"):
+    with pytest.raises(ValueError, match=r"global_pool='median' is unknown; use one of avg, max"):
         model.reset_classifier(3, "median")
     with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
         model.reset_classifier(-1)
@@ -322,7 +322,7 @@ def test_image_errors(name):
 def test_argument_errors():
     with pytest.raises(ValueError, match=r"dims must have 4 entries, one per stage, got \(64, 128\)"):
         DSNet(dims=(64, 128))
-    with pytest.raises(ValueError, match=r"drop_path_schedule must be one of .*, got 'linear'"):
+    with pytest.raises(ValueError, match=r"drop_path_schedule='linear' is unknown; use one of .*"):
         DSNet(drop_path_schedule="linear", device="meta")
 
 

@@ -265,11 +265,11 @@ def test_argument_errors():
         ValueError, match=r"downs must have 4 entries, one per change of stage, got \('conv',\)"
     ):
         HIRIViT(downs=("conv",), device="meta")
-    with pytest.raises(ValueError, match=r"stem must be one of 'hr', 'conv', 'vit', got 'patch'"):
+    with pytest.raises(ValueError, match=r"stem='patch' is unknown; use one of hr, conv, vit"):
         HIRIViT(stem="patch", device="meta")
-    with pytest.raises(ValueError, match=r"blocks must be one of .*, got 'mixer'"):
+    with pytest.raises(ValueError, match=r"blocks='mixer' is unknown; use one of .*"):
         HIRIViT(blocks=("mixer",) * 5, device="meta")
-    with pytest.raises(ValueError, match=r"activation must be one of .*, got 'mish'"):
+    with pytest.raises(ValueError, match=r"activation='mish' is unknown; use one of .*"):
         HIRIViT(activation="mish", device="meta")
     with pytest.raises(ValueError, match="num_heads must divide the 640 channels, got 7"):
         HIRIViT(num_heads=(1, 1, 1, 10, 7), device="meta")

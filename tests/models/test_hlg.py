@@ -131,7 +131,7 @@ def test_argument_errors():
         ValueError, match=r"dims must each be a multiple of the one before, got \(64, 128, 192"
     ):
         HLG(dims=(64, 128, 192, 384), device="meta")
-    with pytest.raises(ValueError, match="window_positions must be one of 'raster', 'centre', got 'corner'"):
+    with pytest.raises(ValueError, match="window_positions='corner' is unknown; use one of raster, centre"):
         HLG(window_positions="corner", device="meta")
     with pytest.raises(ValueError, match="num_heads must divide the 512 channels, got 3"):
         HLG(num_heads=(2, 4, 8, 3), device="meta")

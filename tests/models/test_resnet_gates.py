@@ -200,7 +200,7 @@ def test_scalars_of_cat_are_not_decayed():
     [
         ("cbam_resnet_50", {"planes": (8, 16)}, r"planes must have 4 entries, one per stage, got \(8, 16\)"),
         ("eca_resnet_50", {"kernel_sizes": (3,)}, r"kernel_sizes must have 4 entries.* got \(3,\)"),
-        ("eca_resnet_50", {"stem": "deep"}, "stem must be one of 'imagenet', 'cifar', got 'deep'"),
+        ("eca_resnet_50", {"stem": "deep"}, "stem='deep' is unknown; use one of imagenet, cifar"),
         ("sem_resnet_50", {"bottleneck": False}, "bottleneck must be True"),
         ("gcnet_resnet_50_r4", {"stages_with_gate": (True,)}, "stages_with_gate must have 4 entries"),
     ],

@@ -113,11 +113,11 @@ def test_output_norms():
 def test_argument_errors():
     with pytest.raises(ValueError, match=r"dims must have 4 entries, one per stage, got \(64, 128\)"):
         ViP(dims=(64, 128), device="meta")
-    with pytest.raises(ValueError, match="head must be one of 'encoder', 'conv', got 'token'"):
+    with pytest.raises(ValueError, match="head='token' is unknown; use one of encoder, conv"):
         ViP(head="token", device="meta")
     with pytest.raises(ValueError, match="num_heads must divide the 64 channels, got 3"):
         ViP(encoder_heads=(3, 2, 4, 8), device="meta")
-    with pytest.raises(ValueError, match="global_pool must be one of 'avg', '', got 'max'"):
+    with pytest.raises(ValueError, match="global_pool='max' is unknown; use one of avg, ''"):
         small(global_pool="max")
     with pytest.raises(ValueError, match=r"got 'vip_tin'; nearest: vip_tiny"):
         create_model("vip_tin")

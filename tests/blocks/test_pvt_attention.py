@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import golden
 
-from fused_ops.blocks.spatial_reduced_attention import SpatialReducedAttention
+from fused_ops.attention import SpatialReductionAttention
 
 # The grids of the two recorded inputs are in the notes of each record.
 NAMES = ["pvt_sra_64_r8", "pvt_sra_128_r4", "pvt_sra_320_r2", "pvt_sra_512_r1"]
@@ -15,8 +15,8 @@ NAMES = ["pvt_sra_64_r8", "pvt_sra_128_r4", "pvt_sra_320_r2", "pvt_sra_512_r1"]
 def filled(name):
     record = golden.load(name)
     call = {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", record["official"]["factory"])}
-    module = SpatialReducedAttention(
-        call["dim"], call["num_heads"], call["sr_ratio"], reduced_norm_eps=1e-5, dtype=torch.float64
+    module = SpatialReductionAttention(
+        call["dim"], call["num_heads"], call["sr_ratio"], norm_eps=1e-5, dtype=torch.float64
     )
     golden.check_layout(module.state_dict(), record)
     module.load_state_dict(golden.fill(module.state_dict(), record["state_dict"]["gain"]))
@@ -38,6 +38,6 @@ def test_golden(name):
 
 def test_argument_errors():
     with pytest.raises(ValueError, match="num_heads must divide the 64 channels, got 3"):
-        SpatialReducedAttention(64, 3)
+        SpatialReductionAttention(64, 3)
     with pytest.raises(ValueError, match="reduction_ratio must be at least 1, got 0"):
-        SpatialReducedAttention(64, 1, 0)
+        SpatialReductionAttention(64, 1, 0)
