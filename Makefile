@@ -9,7 +9,7 @@ OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy<2.4" \
 	"nvidia-nvvm==13.0.*" "nvidia-cuda-crt==13.0.*"
 # Kernels are compiled for the GPUs of this machine; where there is none, for one architecture that stands for
 # all. FUSED_OPS_CUDA_ARCHS=all makes a library for every one.
-export FUSED_OPS_CUDA_ARCHS ?= $(if $(wildcard /dev/nvidia0),native,90+PTX)
+export FUSED_OPS_CUDA_ARCHS ?= $(if $(wildcard /dev/nvidia0),,90+PTX)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --progress-bar off
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := csrc fused_ops models train bench tests setup.py

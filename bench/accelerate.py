@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import nn
 
 from fused_ops import Report, accelerate
 from fused_ops.bench.results import print_table
 from fused_ops.core.files import write_atomically
+from fused_ops.models.named import add_input_options, check_input_options, prepare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Models of the table, whose equality with the untouched model tests/accelerate asserts.
@@ -66,59 +65,19 @@ MODELS = (*TIMM_MODELS, *TORCHVISION_MODELS)
 BATCH = 64
 
 
-def create(name: str) -> nn.Module:
-    """A model without trained weights. Raises ValueError if there is none of the name."""
-    own = name.removeprefix("torchvision/")
-    if own != name:
-        import torchvision
-
-        families = (torchvision.models.detection, torchvision.models.segmentation)
-        dense = any(own in torchvision.models.list_models(family) for family in families)
-        # These would fetch their backbone's weights.
-        arguments = {"weights_backbone": None} if dense else {}
-        return torchvision.models.get_model(own, weights=None, **arguments)
-    from fused_ops import models
-
-    if not name.startswith("timm/") and name in models.list_models():
-        return models.create_model(name)
-    own = name.removeprefix("timm/")
-    if not timm.is_model(own):
-        raise ValueError(f"{name}: no such model in the zoo (`fused-ops models`) or in timm")
-    return timm.create_model(own, pretrained=False)
-
-
-def input_size(model: nn.Module) -> int:
-    """Side of the square image that the model is made for; 224 where it does not say."""
-    config = getattr(model, "default_cfg", None) or {}
-    return config.get("input_size", (3, 224, 224))[-1]
-
-
-def report_of(
-    name: str, *, batch: int, size: int | None, dtype: torch.dtype, layout: str, training: bool, device: str
-) -> tuple[Report, str]:
-    """The report, and what was fed, in words."""
-    model = create(name)
-    size = size or input_size(model)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = model.to(device=device, dtype=dtype, memory_format=memory_format).train(training)
-    image = torch.empty(batch, 3, size, size, device=device, dtype=dtype)
-    with torch.set_grad_enabled(training):
-        report = accelerate(model, dry_run=True, example=image.contiguous(memory_format=memory_format))
-    mode = "training" if training else "inference"
-    return report, f"{name}, {batch}x3x{size}x{size} {str(dtype).removeprefix('torch.')} {layout}, {mode}"
+def report_of(name: str, options: argparse.Namespace, device: str | None = None) -> tuple[Report, str]:
+    """The report, and what was fed, in words; ``options`` of :func:`fused_ops.models.named.prepare`."""
+    model, image, words = prepare(name, options, device)
+    with torch.set_grad_enabled(not options.eval):
+        return accelerate(model, dry_run=True, example=image), words
 
 
 def entry(name: str) -> dict[str, Any]:
     """A model's line of the committed table."""
-    report, example = report_of(
-        name,
-        batch=BATCH,
-        size=None,
-        dtype=torch.bfloat16,
-        layout="channels_last",
-        training=True,
-        device="cpu",
+    training = argparse.Namespace(
+        batch=BATCH, size=None, dtype="bfloat16", layout="channels_last", eval=False
     )
+    report, example = report_of(name, training, "cpu")
     weighed = [row for row in report.results if row.exchanged and row.stock_bytes is not None]
     kinds = Counter((row.pattern, row.exchanged, row.reason) for row in report.results)
     return {
@@ -179,16 +138,7 @@ def write_table(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops accelerate", description=__doc__)
     parser.add_argument("model", nargs="?", help="a name, for example efficientnet_b0")
-    parser.add_argument("--batch", type=int, default=2, help="images per batch (default 2)")
-    parser.add_argument("--size", type=int, help="height and width (default: the model's own)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float32",
-        help="of input and parameters",
-    )
-    parser.add_argument("--layout", choices=("channels_last", "nchw"), default="channels_last")
-    parser.add_argument("--eval", action="store_true", help="evaluation mode without gradients")
+    add_input_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON list with a row per convolution")
     parser.add_argument("--table", action="store_true", help="make the committed table of many models anew")
     options = parser.parse_args(arguments)
@@ -199,20 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.model is None:
         parser.error("MODEL is missing, for example efficientnet_b0")
-    for name in ("batch", "size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}={value} is not allowed; it must be at least 1")
+    check_input_options(parser, options)
     try:
-        report, example = report_of(
-            options.model,
-            batch=options.batch,
-            size=options.size,
-            dtype=getattr(torch, options.dtype),
-            layout=options.layout,
-            training=not options.eval,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        report, example = report_of(options.model, options)
     except ValueError as error:
         parser.error(str(error))
     if options.json:

@@ -537,7 +537,7 @@ def count_step(
                 torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
     launches, size, fused = counter.launches, counter.bytes, 0
     for operator, call, backend in chosen:
-        if backend in ("reference", "sdpa"):
+        if backend == "reference":
             continue
         fused += 1
         family = library.operators()[operator]

@@ -38,6 +38,7 @@ from fused_ops.bench.providers import NAMES, Provider, reason_of, select
 from fused_ops.bench.results import Row, Store
 from fused_ops.core import backends, library
 from fused_ops.core.files import write_atomically
+from fused_ops.models.named import check_named, create_named, input_size
 
 MODES = ("train", "infer")
 CPU_MODELS = ("dsnet_tiny",)
@@ -71,34 +72,9 @@ CPU_STEPS = Steps(1, 3, 1)
 
 
 def create(name: str) -> nn.Module:
-    """A model of the zoo, or ``timm/<name>`` for one of timm, with random weights, the same at every call."""
-    import timm
-
-    import fused_ops.models
-
+    """The model of a name that :func:`fused_ops.models.named.create_named` knows, the same at every call."""
     torch.manual_seed(0)
-    if name.startswith("timm/"):
-        return timm.create_model(name.removeprefix("timm/"))
-    return fused_ops.models.create_model(name)
-
-
-def check_name(name: str) -> None:
-    """Raise a ValueError if :func:`create` does not know the name."""
-    import timm
-
-    from fused_ops.models import registry
-
-    if not name.startswith("timm/"):
-        registry.find_system(name)
-    elif not timm.is_model(name.removeprefix("timm/")):
-        raise ValueError(f"timm {timm.__version__} has no such model; timm.list_models() names all")
-
-
-def input_size(model: nn.Module, size: int | None) -> tuple[int, int, int]:
-    """(C, H, W) of the model's own input, or with height and width ``size``."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    return channels, size or height, size or width
+    return create_named(name)
 
 
 class _Attention(TorchFunctionMode):
@@ -648,7 +624,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = options.model or (CPU_MODELS if device.is_cpu else GPU_MODELS)
         for name in names:
-            check_name(name)
+            check_named(name)
         path = results.results_path(device.name, "models", options.results)
         store = Store(path)
     except ImportError as error:

@@ -366,6 +366,7 @@ OPERATOR = library.register(
         cases,
         least_bytes,
         _DIFFERENTIABLE.overloads,
+        triton.launch_count,
         matrix_products=True,
     )
 )

@@ -296,6 +296,13 @@ def backward(call: Any, grad: Tensor, needs: list[bool], *gradients: Tensor) -> 
     return gradients
 
 
+def launch_count(call: Any, direction: str) -> int:
+    """Launches for ``call``; ``backward`` with every gradient."""
+    if direction == "forward":
+        return 1
+    return 1 + (_plan("backward", call).parts > 1) + (call.bias is not None and call.bias.requires_grad)
+
+
 def _sum_parts(partial: Tensor, parts: int, count: int, first: Tensor, second: Tensor | None = None) -> None:
     sets = 1 if second is None else 2
     block = min(1024, max(128, next_power_of_2(count)))

@@ -161,12 +161,6 @@ def cases() -> Sequence[Case]:
             "pre_train": {**pre_train, "bias": True, **identity},
             "post_train_silu": {**post_train, "activation": "silu"},
             "post_eval_relu6": {**post, "activation": "relu6"},
-        }.items()
-    ]
-    counted += [
-        _case(f"{tag}_{name}", shape, tag, **options)
-        for tag, shape in (("traffic", (1, 16, 28, 28)), ("resources", (2, 64, 16, 16)))
-        for name, options in {
             "kernel5_train": {**post_train, "kernel": 5, "activation": "silu"},
             "kernel7": {"kernel": 7, "bias": True},
             "stride2_train": {**post_train, "stride": 2, "padding": 1, "activation": "silu"},

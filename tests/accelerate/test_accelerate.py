@@ -615,4 +615,4 @@ def test_command(monkeypatch, capsys):
     assert [row["exchanged"] for row in json.loads(out)] == [True] * 13
     status, _, error = run("no_such_model")
     assert status == 2
-    assert "no_such_model: no such model" in error
+    assert "no_such_model" in error

@@ -50,7 +50,7 @@ def use(monkeypatch, module: type[nn.Module]) -> None:
         return module()
 
     monkeypatch.setattr(models, "create", create)
-    monkeypatch.setattr(models, "check_name", lambda name: None)
+    monkeypatch.setattr(models, "check_named", lambda name: None)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_bad_options_are_named(options, message, capsys):
 
 def test_default_models_exist():
     for name in (*models.CPU_MODELS, *models.GPU_MODELS):
-        models.check_name(name)
+        models.check_named(name)
 
 
 @pytest.mark.gpu

@@ -45,19 +45,22 @@ def forced(operator, backend, arguments, *, gradients=True):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "layout"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))
-@pytest.mark.parametrize(("operator", "case"), operator_cases("tiny"))
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    ("operator", "case", "backend"),
+    [
+        pytest.param(*case.values, backend, id=f"{backend}-{case.id}")
+        for case in operator_cases("tiny")
+        for backend in kernel_backends(case.values[0])
+    ],
+)
 def test_three_way(operator, case, backend, dtype, layout, device, request):
     """C1, C4: output, gradients and running statistics against float64 and eager at the same precision."""
-    implemented = next((b for b in operator.backends if b.name == backend), None)
-    if implemented is None:
-        pytest.skip(f"{operator.name} has no {backend} backend")
     require(backend, device, request)
     arguments = make(case, dtype, layout, device)
     exact_arguments = convert(arguments, torch.float64)
     eager_arguments = convert(arguments)
     dense = named_tensors(convert(arguments))
-    has_backward = implemented.backward is not None
+    has_backward = next(b for b in operator.backends if b.name == backend).backward is not None
     result, reason = forced(operator, backend, arguments, gradients=has_backward)
     if result is None:
         # A tiny case that a backend declines must be declined for a stated reason, and by that backend only.
