@@ -313,8 +313,9 @@ def source_digests() -> dict[str, str]:
         files = [path for place in (folder, native.SOURCES / "common") for path in place.iterdir()]
         found[f"{folder.name} cuda"] = [path for path in files if path.suffix in (".cu", ".h")]
     shared = [PACKAGE / "core" / f"{name}.py" for name in ("activations", "statistics", "triton_support")]
-    for name in library.operators():
-        if files := list((PACKAGE / name).glob("triton*.py")):
+    for name, operator in library.operators().items():
+        folder = Path(sys.modules[operator.function.__module__].__file__).parent
+        if files := list(folder.glob("triton*.py")):
             found[f"{name} triton"] = files + shared
     return {
         family: hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()

@@ -11,6 +11,7 @@ compile or whose result is wrong is left out.
 from __future__ import annotations
 
 import argparse
+import json
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--seconds", type=float, help="stop after this time; what was measured is written")
     parser.add_argument("--out", type=Path, help="folder to write to (default: that of the shipped choices)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list with a row per choice")
     options = parser.parse_args(arguments)
     known = library.operators()
     check_choices(parser, "op", options.op, known)
@@ -148,7 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = tuning.text_of(device.name, rows, **about)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"{path}: {sum(map(len, rows.values()))} choices for {len(rows)} kernels")
+    if options.json:
+        print(json.dumps([{"kernel": kernel, **row} for kernel, each in rows.items() for row in each]))
+    else:
+        print(f"{path}: {sum(map(len, rows.values()))} choices for {len(rows)} kernels")
     return 0
 
 
@@ -217,8 +222,9 @@ def _tune_case(
         )
         if row is not None:
             found.setdefault(kernel, {})[sizes] = {**row, "case": case.name}
-            print(f"{kernel} {sizes}: {row['tile']} {row['microseconds']} us, heuristic {own} "
-                  f"{row['heuristic_microseconds']} us")  # fmt: skip
+            gain = f"{row['microseconds']} us, heuristic {own} {row['heuristic_microseconds']} us"
+            # Progress, beside what --json prints.
+            print(f"{kernel} {sizes}: {row['tile']} {gain}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_fastest_right_tile_wins(capsys):
     assert row["case"] == "sample_case"
     printed = capsys.readouterr()
     assert "kernel (5,): RuntimeError: out of resource: shared memory" in printed.err
-    assert "[2] 1000.0 us, heuristic (1,) 2000.0 us" in printed.out
+    assert "[2] 1000.0 us, heuristic (1,) 2000.0 us" in printed.err
 
 
 def test_a_gain_within_the_margin_changes_nothing():
@@ -91,6 +91,24 @@ def test_what_is_written_is_what_is_read(tmp_path):
     path.write_text(tuning.text_of("A GPU", rows, commit="c0ffee"))
     assert tuning.read(path) == {"kernel": [((3, 4, 5), FAST)]}
     assert json.loads(path.read_text())["commit"] == "c0ffee"
+
+
+@pytest.mark.parametrize("json_wanted", [False, True])
+def test_the_command_writes_and_prints(json_wanted, tmp_path, capsys, monkeypatch):
+    rows = tuned({RULE: 2e-3, FAST: 1e-3, SLOW: 4e-3})
+    device = FakeDevice(graphs=False)
+    device.is_cpu, device.name = False, "A GPU"
+    monkeypatch.setattr(timing, "default_device", lambda: device)
+    monkeypatch.setattr(tune, "run", lambda *_: rows)
+    capsys.readouterr()
+    assert tune.main(["--out", str(tmp_path), *(["--json"] if json_wanted else [])]) == 0
+    out = capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    assert tuning.read(path) == {"kernel": [((3, 4, 5), FAST)]}
+    if json_wanted:
+        assert json.loads(out) == [{"kernel": "kernel", **rows["kernel"][0]}]
+    else:
+        assert out == f"{path}: 1 choices for 1 kernels\n"
 
 
 def test_it_needs_a_gpu(capsys, monkeypatch):

@@ -172,7 +172,7 @@ def test_env_command():
 def test_command_line():
     def command(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "fused_ops.cli", *arguments], capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "fused_ops", *arguments], capture_output=True, text=True, timeout=300
         )
 
     assert "explain" in command().stdout

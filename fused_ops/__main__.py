@@ -1,0 +1,5 @@
+"""``python -m fused_ops COMMAND``: the ``fused-ops`` command."""
+
+from fused_ops.cli import main
+
+raise SystemExit(main())
