@@ -14,7 +14,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --pr
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := csrc fused_ops models train bench tests setup.py
 
-.PHONY: setup train test test-oldest test-gpu resources build bench lint format clean help
+.PHONY: setup train test test-oldest test-extended test-gpu resources build bench lint format clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: setup ## set up and pass every test (those that need a GPU are skipped whe
 
 test-oldest: ## the same under the oldest supported torch and Triton
 	$(MAKE) --no-print-directory test VENV=.venv-oldest EXTRA_REQUIREMENTS='$(OLDEST)'
+
+test-extended: setup ## the long tests that the others leave out
+	$(PYTEST) -m extended
 
 test-gpu: setup ## only the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -11,8 +11,8 @@ compile or whose result is wrong is left out.
 from __future__ import annotations
 
 import argparse
-import json
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -20,6 +20,7 @@ from fused_ops.models import fcvit  # noqa: F401 (registers its models)
 from fused_ops.models import pvt  # noqa: F401 (registers its models)
 from fused_ops.models import vip  # noqa: F401 (registers its models)
 from fused_ops.models import hlg  # noqa: F401 (registers its models)
+from fused_ops.models import timm_systems  # noqa: F401 (registers its models)
 from fused_ops.models.checkpoint import (
     CheckpointError,
     load_checkpoint,

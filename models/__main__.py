@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from fused_ops.core.explain import explain
-from fused_ops.models.registry import create_model, find_system, model_table
+from fused_ops.models import timm_systems
+from fused_ops.models.registry import System, create_model, find_system, model_table
 
 COLUMNS = ("name", "system", "params", "MACs", "input", "published params", "published MACs", "top-1")
 
@@ -73,11 +74,16 @@ def card(name: str) -> str:
     lines += [f"checkpoints: {layout.framework}, {layout.source}" for layout in system.layouts]
     if not system.layouts:
         lines.append("checkpoints: none were published")
-    lines += ["", inspect.getdoc(sys.modules[system.model_class.__module__]) or "", "", "Fused operators:"]
+    lines += ["", _description(system), "", "Fused operators:"]
     explanation = explain(create_model(name).eval(), torch.empty(1, *info.input_size))
     calls = collections.Counter(row["op"] for row in explanation.rows())
     lines += [f"  {count} calls of {operator}" for operator, count in calls.items()] or ["  none"]
     return "\n".join(lines)
+
+
+def _description(system: System) -> str:
+    module = sys.modules[system.model_class.__module__] if system.model_class else timm_systems
+    return inspect.getdoc(module) or ""
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_ops.accelerate import accelerate
 from fused_ops.models.layouts import OfficialLayout
 
 
@@ -57,16 +58,18 @@ class System:
     Attributes:
         name: the paper's name for it.
         paper: title, venue and identifier.
-        model_class: class of all its models.
+        model_class: class of all its models, or None where they are timm's, accelerated.
         models: by registered name.
         layouts: the public state-dict layouts, the first one being the default of ``official_state_dict``.
+        defaults: arguments by model name, where they are not those of the model's own constructor.
     """
 
     name: str
     paper: str
-    model_class: type[nn.Module]
+    model_class: type[nn.Module] | None
     models: Mapping[str, ModelInfo]
     layouts: tuple[OfficialLayout, ...] = field(default=())
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _systems: dict[str, System] = {}
@@ -113,10 +116,14 @@ def system_of(model: nn.Module) -> System:
     """The system of a model.
 
     Raises:
-        ValueError: if its class belongs to none.
+        ValueError: if it belongs to none.
     """
+    # timm's classes serve several systems; the name that the model was built under says which.
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     for system in _systems.values():
-        if isinstance(model, system.model_class):
+        if system.model_class is None and name in system.models:
+            return system
+        if system.model_class is not None and isinstance(model, system.model_class):
             return system
     raise ValueError(f"model must be one of fused_ops.models, got {type(model).__name__}")
 
@@ -148,26 +155,34 @@ def create_model(name: str, pretrained: bool = False, checkpoint: Any = None, **
         ValueError: for an unknown name, with the nearest known ones, for ``pretrained=True``, and for a
             checkpoint that does not fit.
     """
-    from fused_ops.models.checkpoint import load_checkpoint
-
-    find_system(name)
+    system = find_system(name)
     if pretrained:
         raise ValueError(
             f"pretrained=True: no weights of {name} are hosted; pass those of the public code as checkpoint="
         )
+    kwargs = {**system.defaults.get(name, {}), **kwargs}
     model = timm.create_model(name, **kwargs)
-    if checkpoint is None:
-        return model
-    if not isinstance(model, FeatureGetterNet):
+    if checkpoint is not None:
+        _load(model, checkpoint, name, kwargs)
+    if system.model_class is None:
+        accelerate(model)
+    return model
+
+
+def _load(model: nn.Module, checkpoint: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+    from fused_ops.models.checkpoint import load_checkpoint
+
+    if not kwargs.get("features_only"):
         load_checkpoint(model, checkpoint)
-        return model
-    # The feature extractor has lost its last layers; the checkpoint is checked against the whole model.
+        return
+    # A feature extractor has lost the last layers; the checkpoint is checked against the whole model.
     whole_kwargs = {k: v for k, v in kwargs.items() if k not in ("features_only", "out_indices")}
     whole = timm.create_model(name, **whole_kwargs)
     load_checkpoint(whole, checkpoint)
-    state = whole.state_dict()
-    model.model.load_state_dict({key: state[key] for key in model.model.state_dict()})
-    return model
+    # Some have the model inside, others its layers, with underscores where names had dots.
+    state = {key.replace(".", "_"): value for key, value in whole.state_dict().items()}
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    inner.load_state_dict({key: state[key.replace(".", "_")] for key in inner.state_dict()})
 
 
 def count_params(model: nn.Module) -> int:

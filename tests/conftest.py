@@ -39,11 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    left_out = pytest.mark.skip(reason="runs with `make test-extended`")
+    extended = "extended" in config.option.markexpr
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if "extended" in item.keywords and not extended:
+            item.add_marker(left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from fused_ops.core.drop_path import DropPath
@@ -91,7 +92,7 @@ def disable_randomness(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(module, DropPath):
+        elif isinstance(module, DropPath | TimmDropPath):
             module.drop_prob = 0.0
 
 
@@ -171,11 +172,14 @@ def check_eval(
 
 
 def check_train(
-    model: nn.Module, record: Mapping[str, Any], run: Callable[[Tensor], Sequence[Tensor]]
+    model: nn.Module,
+    record: Mapping[str, Any],
+    run: Callable[[Tensor], Sequence[Tensor]],
+    names: Mapping[str, str] | None = None,
 ) -> Deviation:
     """The train record: one forward and backward pass. Parameters are looked up by their official names.
 
-    The model must have official names and shapes, and be filled.
+    The model must be filled; ``names`` has the official names of its state's entries where they are others.
     """
     expected = record["train"]
     deviation = Deviation()
@@ -193,7 +197,8 @@ def check_train(
     for out, value in zip(expected["outputs"], outputs, strict=True):
         deviation.compare(f"train {out['name']}", value, out)
     deviation.compare("gradient of the input", x.grad, expected["grad_input"])
-    parameters = dict(model.named_parameters())
+    names = names or {}
+    parameters = {names.get(name, name): value for name, value in model.named_parameters()}
     for item in expected["grad_parameters"]:
         deviation.compare(f"gradient of {item['name']}", parameters[item["name"]].grad, item)
     without = sorted(name for name, p in parameters.items() if p.grad is None)
@@ -202,7 +207,10 @@ def check_train(
     total_expected = expected["grad_all_parameters_l2"]
     deviation.add("norm of all gradients", total, total_expected, total_expected)
 
-    modules = dict(model.named_modules())
+    modules = {
+        names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight"): module
+        for name, module in model.named_modules()
+    }
     updated = sum(
         int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")
     )
