@@ -6,6 +6,14 @@ from fused_ops.blocks import DSBlock
 from fused_ops.core.backends import BackendUnavailableError, backend
 from fused_ops.core.explain import explain
 from fused_ops.depthwise import BatchNormState, DepthwiseConv2d, DepthwiseConvBNAct, depthwise_conv, fold
+from fused_ops.gate import (
+    context_pool,
+    gate_scale,
+    pool_channels,
+    pool_map,
+    pool_positions,
+    squeeze_excite,
+)
 from fused_ops.hr_chain import HRBlock, hr_block
 
 __version__ = "0.1.0"
@@ -21,10 +29,16 @@ __all__ = [
     "SpatialReductionAttention",
     "accelerate",
     "backend",
+    "context_pool",
     "depthwise_conv",
     "explain",
     "few_key_attention",
     "fold",
+    "gate_scale",
     "hr_block",
+    "pool_channels",
+    "pool_map",
+    "pool_positions",
     "restore",
+    "squeeze_excite",
 ]

@@ -1,8 +1,8 @@
 """Gates at the end of residual branches: what a map's own statistics say about its channels and positions.
 
 Every gate maps (B, C, H, W) to the same shape, and with a second map, the shortcut, to the end of a residual
-block, ``relu(gate(x) + shortcut)``, so that scaling, addition and activation can be one pass over memory.
-Parameters have the names of the public code.
+block, ``relu(gate(x) + shortcut)``: scaling, addition and activation are one pass over memory. Small networks
+on the pooled values are stock modules. Parameters have the names of the public code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fused_ops.gate import context_pool, gate_scale, pool_channels, pool_map, pool_positions
+from fused_ops.gate.reference import softmax_entropy
 
 __all__ = [
     "CBAM",
@@ -29,19 +32,19 @@ __all__ = [
 
 
 class Gate(nn.Module):
-    """A gate: subclasses define :meth:`gated` and, where PyTorch's own is not meant, :meth:`init_gate`."""
+    """A gate: subclasses define :meth:`gates` and, where PyTorch's own is not meant, :meth:`init_gate`."""
 
-    def gated(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
+    def gates(self, x: Tensor) -> dict[str, Any]:
+        """What :func:`fused_ops.gate.gate_scale` does to ``x`` (B, C, H, W): its arguments by name."""
         raise NotImplementedError
 
     def init_gate(self) -> None:
         """Initialise what is initialised otherwise than PyTorch does."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """``gated(x)``, or ``relu(gated(x) + shortcut)``; all maps are (B, C, H, W)."""
-        out = self.gated(x)
-        return out if shortcut is None else F.relu(out + shortcut)
+        """The gated map, or ``relu(gated + shortcut)``; all maps are (B, C, H, W)."""
+        activation = "none" if shortcut is None else "relu"
+        return gate_scale(x, **self.gates(x), residual=shortcut, activation=activation)
 
 
 class _ChannelGate(nn.Module):
@@ -57,12 +60,12 @@ class _ChannelGate(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # Pooling by index: where values tie, the first one gets the gradient.
-        return self.mlp(F.adaptive_avg_pool2d(x, 1)) + self.mlp(F.adaptive_max_pool2d(x, 1))
+        mean, largest = pool_channels(x, ("mean", "max")).unbind(1)
+        return self.mlp(mean) + self.mlp(largest)
 
 
 class _SpatialGate(nn.Module):
-    """Largest and mean channel, 7x7 convolution, BatchNorm: logits (B, 1, H, W)."""
+    """Largest and mean channel of the scaled map, 7x7 convolution, BatchNorm: logits (B, 1, H, W)."""
 
     def __init__(self, **factory: Any) -> None:
         super().__init__()
@@ -73,8 +76,8 @@ class _SpatialGate(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.spatial(torch.cat((x.max(1, keepdim=True).values, x.mean(1, keepdim=True)), 1))
+    def forward(self, x: Tensor, channel_gate: Tensor) -> Tensor:
+        return self.spatial(pool_positions(x, ("max", "mean"), channel_gate=channel_gate))
 
 
 class CBAM(Gate):
@@ -115,9 +118,9 @@ class CBAM(Gate):
         for index in (1, 3):
             nn.init.zeros_(self.ChannelGate.mlp[index].bias)
 
-    def gated(self, x: Tensor) -> Tensor:
-        x = x * self.ChannelGate(x).sigmoid()[:, :, None, None]
-        return x * self.SpatialGate(x).sigmoid()
+    def gates(self, x: Tensor) -> dict[str, Any]:
+        channel = self.ChannelGate(x)
+        return {"channel_gate": channel, "position_gate": self.SpatialGate(x, channel)}
 
 
 def adaptive_kernel_size(channels: int) -> int:
@@ -153,8 +156,8 @@ class ECA(Gate):
         kernel_size = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         self.conv = _channel_conv(kernel_size, device=device, dtype=dtype)
 
-    def gated(self, x: Tensor) -> Tensor:
-        return x * self.conv(x.mean((2, 3))[:, None]).sigmoid().view(x.shape[0], -1, 1, 1)
+    def gates(self, x: Tensor) -> dict[str, Any]:
+        return {"channel_gate": self.conv(pool_channels(x))[:, 0]}
 
 
 class GlobalContext(Gate):
@@ -219,15 +222,18 @@ class GlobalContext(Gate):
                 nn.init.zeros_(transform[-1].weight)
                 nn.init.zeros_(transform[-1].bias)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor) -> dict[str, Any]:
         if self.conv_mask is None:
-            context = x.mean((2, 3), keepdim=True)
+            context = pool_channels(x)[:, 0]
         else:
-            weights = self.conv_mask(x).flatten(2).softmax(2)
-            context = (x.flatten(2) @ weights.transpose(1, 2)).unsqueeze(3)
-        if self.channel_mul_conv is not None:
-            x = x * self.channel_mul_conv(context).sigmoid()
-        return x if self.channel_add_conv is None else x + self.channel_add_conv(context)
+            context = context_pool(x, self.conv_mask.weight, self.conv_mask.bias)
+        context = context[:, :, None, None]
+        transforms = {"channel_gate": self.channel_mul_conv, "channel_add": self.channel_add_conv}
+        return {
+            name: transform(context)[:, :, 0, 0]
+            for name, transform in transforms.items()
+            if transform is not None
+        }
 
 
 class SwitchableExcitation(Gate):
@@ -272,8 +278,8 @@ class SwitchableExcitation(Gate):
         nn.init.zeros_(self.w1)
         nn.init.constant_(self.b1, -1.0)
 
-    def gated(self, x: Tensor) -> Tensor:
-        v = x.mean((2, 3))
+    def gates(self, x: Tensor) -> dict[str, Any]:
+        v = pool_channels(x)[:, 0]
         switch = self.switch_fc(v).sigmoid()
         logits = (
             self.fc2(F.relu(self.fc1(v))),
@@ -283,25 +289,7 @@ class SwitchableExcitation(Gate):
         gate = (switch[:, :1] * logits[0]).sigmoid()
         for i in (1, 2):
             gate = gate * (switch[:, i : i + 1] * logits[i]).sigmoid()
-        return x * gate[:, :, None, None]
-
-
-def softmax_entropy(x: Tensor, dim: int | tuple[int, ...], normalise: bool = True) -> Tensor:
-    """Entropy of a softmax over ``dim``, in nats, or in [0, 1] after division by the largest one.
-
-    Computed in at least float32; the result has the dtype of ``x``, without ``dim``.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    shifted = wide - wide.amax(dim, keepdim=True)
-    # With Z the sum of exp(shifted): entropy = log Z - sum(exp(shifted) * shifted) / Z. A probability that
-    # underflows contributes 0 here, where p * log p would be NaN.
-    weights = shifted.exp()
-    total = weights.sum(dim)
-    entropy = total.log() - (weights * shifted).sum(dim) / total
-    count = x.numel() // max(entropy.numel(), 1)
-    if normalise and count > 1:
-        entropy = entropy / math.log(count)
-    return entropy.to(x.dtype)
+        return {"channel_gate": gate, "gate": "none"}
 
 
 class CollaborativeAttention(Gate):
@@ -352,18 +340,18 @@ class CollaborativeAttention(Gate):
         for factors in (self.interior_c, self.interior_s, self.exterior):
             nn.init.ones_(factors)
 
-    def gated(self, x: Tensor) -> Tensor:
-        pooled = (x.mean((2, 3)), F.adaptive_max_pool2d(x, 1).flatten(1), self._entropy(x, (2, 3)))
+    def gates(self, x: Tensor) -> dict[str, Any]:
+        poolings = ("mean", "max", "entropy")
+        pooled, maps = pool_map(x, poolings, poolings, normalise=self.normalise)
         # The MLP has no bias but a ReLU, so the factors must come after it.
-        channel = torch.einsum("p,pbc->bc", self.interior_c, self.mlp(torch.stack(pooled)))
-        maps = (x.mean(1), x.max(1).values, self._entropy(x, 1))
-        spatial = self.spatial(torch.einsum("p,pbhw->bhw", self.interior_s, torch.stack(maps)).unsqueeze(1))
+        channel = torch.einsum("p,bpc->bc", self.interior_c, self.mlp(pooled))
+        spatial = self.spatial(torch.einsum("p,bphw->bhw", self.interior_s, maps).unsqueeze(1))
         e1, e2 = self.exterior
-        gate = e1 * channel.sigmoid()[:, :, None, None] + e2 * spatial.sigmoid()
-        return x * gate.sigmoid()
-
-    def _entropy(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        return softmax_entropy(x, dim, self.normalise)
+        return {
+            "channel_gate": e1 * channel.sigmoid(),
+            "position_gate": e2 * spatial.sigmoid(),
+            "combine": "sum",
+        }
 
 
 def _reduced(channels: int, ratio: float) -> int:
