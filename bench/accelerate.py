@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fused_ops import Report, accelerate
+from fused_ops.accelerate import KINDS
 from fused_ops.bench.results import print_table
 from fused_ops.core.files import write_atomically
 from fused_ops.models.named import add_input_options, check_input_options, prepare
@@ -83,8 +84,10 @@ def entry(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "example": example if weighed else "",
-        "depthwise": len(report.results),
-        "exchanged": report.exchanged,
+        **{kind: sum(row.kind == kind for row in report.results) for kind in KINDS},
+        "exchanged": {
+            kind: sum(row.kind == kind and row.exchanged for row in report.results) for kind in KINDS
+        },
         "stock_bytes": sum(row.stock_bytes for row in weighed) if weighed else None,
         "fused_bytes": sum(row.fused_bytes for row in weighed) if weighed else None,
         "note": report.note,
@@ -93,6 +96,10 @@ def entry(name: str) -> dict[str, Any]:
             for (pattern, exchanged, reason), count in sorted(kinds.items())
         ],
     }
+
+
+def _counts(row: dict[str, Any]) -> list[str]:
+    return [f"{row['exchanged'][kind]} of {row[kind]}" if row[kind] else "-" for kind in KINDS]
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:
@@ -104,7 +111,7 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         f"shapes: what the exchanged layers move per training step of {BATCH} images at the model's own size",
         "in bfloat16, as separate passes and as fused operators. Nothing here was timed.",
         "",
-        "| model | depthwise convolutions | exchanged | stock MB | fused MB | what is left out and why |",
+        f"| model | {' | '.join(KINDS.values())} | stock MB | fused MB | what is left out and why |",
         "|---|--:|--:|--:|--:|---|",
     ]
     for row in entries:
@@ -118,9 +125,7 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         why = "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))
         if row["note"]:
             why += "; " * bool(why) + "bytes unknown: the model runs on data only"
-        lines.append(
-            f"| {row['model']} | {row['depthwise']} | {row['exchanged']} | {' | '.join(megabytes)} | {why} |"
-        )
+        lines.append(f"| {row['model']} | {' | '.join(_counts(row))} | {' | '.join(megabytes)} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +133,7 @@ def write_table(folder: Path = RESULTS) -> list[dict[str, Any]]:
     entries = []
     for name in MODELS:
         entries.append(entry(name))
-        print(f"{name}: {entries[-1]['exchanged']} of {entries[-1]['depthwise']}", file=sys.stderr)
+        print(f"{name}: {', '.join(_counts(entries[-1]))}", file=sys.stderr)
     texts = {"accelerate.json": json.dumps(entries, indent=1) + "\n", "accelerate.md": markdown(entries)}
     for name, text in texts.items():
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
@@ -139,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops accelerate", description=__doc__)
     parser.add_argument("model", nargs="?", help="a name, for example efficientnet_b0")
     add_input_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON list with a row per convolution")
+    parser.add_argument("--json", action="store_true", help="print one JSON list with a row per module")
     parser.add_argument("--table", action="store_true", help="make the committed table of many models anew")
     options = parser.parse_args(arguments)
     if options.table:

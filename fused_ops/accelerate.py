@@ -2,7 +2,8 @@
 
 What is exchanged keeps its place. A depthwise convolution, the norm and the activation after it stay the same
 module objects with the same parameters, buffers and names; only their classes change, to subclasses of their
-own: the convolution computes the whole chain in one operator, the other two hand their input through. So
+own: the convolution computes the whole chain in one operator, the other two hand their input through. A
+squeeze-and-excitation module pools and scales by operators, and calls its own layers in between. So
 optimizers, checkpoints, EMA copies, DistributedDataParallel and weight sharing notice nothing.
 
 Whether a chain runs fused is decided at every call from what is there then: each of its modules asks whether
@@ -21,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +38,7 @@ from fused_ops.depthwise.op import (
     depthwise_conv,
     least_bytes,
 )
+from fused_ops.gate import gate_scale, pool_channels
 
 # Attribute, outside of parameters, buffers and submodules, by which an exchanged module knows its chain.
 _ATTRIBUTE = "_fused_ops_chain"
@@ -62,6 +64,29 @@ _ACTIVATIONS = {
     "timm.layers.activations.HardSwish": "hardswish",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
+
+class _ChannelGate(NamedTuple):
+    """A stock module ``x * gate(network(mean of x over the positions))``; names of its submodules."""
+
+    network: tuple[str, ...]
+    gate: str
+
+
+_CHANNEL_GATES = {
+    "timm.models._efficientnet_blocks.SqueezeExcite": _ChannelGate(
+        ("conv_reduce", "act1", "conv_expand"), "gate"
+    ),
+    "timm.layers.squeeze_excite.SEModule": _ChannelGate(("fc1", "bn", "act", "fc2"), "gate"),
+    "timm.layers.squeeze_excite.EffectiveSEModule": _ChannelGate(("fc",), "gate"),
+    "torchvision.ops.misc.SqueezeExcitation": _ChannelGate(("fc1", "activation", "fc2"), "scale_activation"),
+}
+_GATES = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Hardsigmoid": "hard_sigmoid",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.HardSigmoid": "hard_sigmoid",
 }
 
 
@@ -236,6 +261,21 @@ class _Activation(_Exchanged):
         return x if _active(self, 2) is not None else super().forward(x)
 
 
+class _SqueezeExcite(_Exchanged):
+    _layout: _ChannelGate
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = getattr(self, self._layout.gate)
+        # Tracers see the stock module.
+        suited = not isinstance(x, fx.Proxy) and x.dim() == 4 and x.dtype in FLOAT_TYPES
+        if not suited or _active(self, 0) is None or _hooked(gate) or _type_name(gate) not in _GATES:
+            return super().forward(x)
+        logits = pool_channels(x)[:, 0, :, None, None]
+        for name in self._layout.network:
+            logits = getattr(self, name)(logits)
+        return gate_scale(x, logits.flatten(1), gate=_GATES[_type_name(gate)])
+
+
 def _frozen_state(norm: nn.Module) -> BatchNormState:
     statistics = (norm.running_mean, norm.running_var)
     return BatchNormState(norm.weight, norm.bias, *statistics, False, 0.0, norm.eps)
@@ -248,7 +288,14 @@ def _exchanged_class(stock: type[nn.Module], role: int) -> type[nn.Module]:
         mixin = _NormAct
     # The stock class's module, since tracers tell by it which modules to leave whole.
     body = {"_stock": stock, "_role": role, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    layout = _CHANNEL_GATES.get(f"{stock.__module__}.{stock.__qualname__}")
+    if layout is not None:
+        mixin, body["_layout"] = _SqueezeExcite, layout
     return type(f"Accelerated{stock.__name__}", (mixin, stock), body)
+
+
+# What the rows of a report are about.
+KINDS = {"depthwise": "depthwise convolutions", "squeeze_excite": "squeeze-and-excitation modules"}
 
 
 @dataclass(frozen=True)
@@ -256,7 +303,8 @@ class Row:
     """What was decided about one module.
 
     Attributes:
-        module: dotted name of the convolution.
+        module: dotted name of the convolution, or of the squeeze-and-excitation module.
+        kind: depthwise or squeeze_excite.
         pattern: what stands there.
         exchanged: whether it is computed by a fused operator now (with ``dry_run``: would be).
         reason: why not, or what else stays outside of the operator and why.
@@ -268,6 +316,7 @@ class Row:
     module: str
     pattern: str
     exchanged: bool
+    kind: str = "depthwise"
     reason: str = ""
     members: tuple[str, ...] = ()
     stock_bytes: int | None = None
@@ -280,7 +329,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did, a row per depthwise convolution. ``str()`` gives a table."""
+    """What :func:`accelerate` did, a row per module that it looked at. ``str()`` gives a table."""
 
     results: tuple[Row, ...]
     note: str = ""
@@ -314,10 +363,12 @@ class Report:
         ]
 
     def summary(self) -> str:
-        if not self.results:
-            text = "no depthwise convolution"
-        else:
-            text = f"{self.exchanged} of {len(self.results)} depthwise convolutions exchanged"
+        counts = []
+        for kind, words in KINDS.items():
+            rows = [row for row in self.results if row.kind == kind]
+            if rows:
+                counts.append(f"{sum(row.exchanged for row in rows)} of {len(rows)} {words}")
+        text = f"{', '.join(counts)} exchanged" if counts else f"no {' or '.join(KINDS.values())}"
         if self.saved_bytes is not None:
             text += f", {self.saved_bytes / 1e6:.1f} MB of memory traffic saved per step (expected)"
         return f"{text}. {self.note}" if self.note else text
@@ -334,8 +385,9 @@ class Report:
 
 @dataclass
 class _Plan:
-    """What could be exchanged at one convolution."""
+    """What could be exchanged at one convolution, or other module that a family begins with."""
 
+    family: type[_Depthwise] | type[_SqueezeExcites]
     name: str
     conv: nn.Module
     pattern: str = ""
@@ -696,6 +748,8 @@ def _describe(plan: _Plan) -> str:
 class _Depthwise:
     """Depthwise convolutions, alone or with the norm and the activation after them."""
 
+    kind = "depthwise"
+
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
         owners: dict[int, int] = {}
@@ -710,7 +764,7 @@ class _Depthwise:
         for name, conv in model.named_modules():
             if not isinstance(conv, nn.Conv2d) or conv.groups == 1 or conv.groups != conv.in_channels:
                 continue
-            plan = _Plan(name, conv)
+            plan = _Plan(_Depthwise, name, conv)
             plans.append(plan)
             chain = conv.__dict__.get(_ATTRIBUTE)
             if chain is not None:
@@ -727,9 +781,70 @@ class _Depthwise:
             plan.pattern = _describe(plan)
         return plans
 
+    @staticmethod
+    def weigh(conv: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Bytes of a call of the exchanged convolution: in separate passes, and fused."""
+        chain = getattr(conv, _ATTRIBUTE)
+        _, norm, _ = chain.members()
+        state = None
+        if norm is not None:
+            state = _frozen_state(norm)
+            if not chain.frozen:
+                state = state._replace(batch_stats=norm.training or norm.running_mean is None)
+        padding = 0 if conv.padding == "valid" else conv.padding
+        options = (conv.stride, padding, conv.dilation, state, "post", chain.activation)
+        call = checked_call(x, conv.weight, conv.bias, *options, None, "after", False)
+        directions = ("forward", "backward") if call.needs_grad else ("forward",)
+        return (
+            sum(separate_bytes(call, direction) for direction in directions),
+            sum(least_bytes(call, direction) for direction in directions),
+        )
+
+
+class _SqueezeExcites:
+    """Modules that scale every channel by what a small network makes of all channels' means."""
+
+    kind = "squeeze_excite"
+
+    @staticmethod
+    def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
+        plans = []
+        for name, module in model.named_modules():
+            layout = _CHANNEL_GATES.get(_type_name(module))
+            if layout is None:
+                continue
+            gate = _GATES.get(_type_name(getattr(module, layout.gate)))
+            plan = _Plan(_SqueezeExcites, name, module, f"squeeze-excite -> {gate or 'other gate'}")
+            if module.__dict__.get(_ATTRIBUTE) is not None:
+                plan.already, plan.remark = True, "exchanged before"
+            elif "forward" in module.__dict__:
+                plan.declined = "has a forward of its own"
+            elif gate is None:
+                plan.declined = f"its gate is a {type(getattr(module, layout.gate)).__name__}"
+            elif getattr(module, "add_maxpool", False):
+                plan.declined = "pools the maximum too"
+            elif _hooked(module):
+                plan.declined = "has hooks"
+            plans.append(plan)
+        return plans
+
+    @staticmethod
+    def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Bytes of a call; what there is one of per channel is left out.
+
+        Forward: the map is read for the mean, and read and written to be scaled, both ways. Backward, in
+        separate passes: the gradient times the gate (2), times the map (3) and summed (1), the mean's
+        gradient spread out (1) and added (3); fused: one pass (3), and the mean's gradient, which is one
+        value per channel, added (2).
+        """
+        size = x.element_size() * x.numel()
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+            return 13 * size, 8 * size
+        return 3 * size, 3 * size
+
 
 # Further families are added here: each makes plans from the data flow and what others have claimed.
-_FAMILIES = (_Depthwise,)
+_FAMILIES = (_Depthwise, _SqueezeExcites)
 
 
 def _extend(plan: _Plan, flow: _Flow, claimed: set[int], owners: dict[int, int]) -> None:
@@ -857,27 +972,19 @@ def separate_bytes(call: DepthwiseCall, direction: str) -> int:
 def _weigh(
     model: nn.Module, plans: Sequence[_Plan], arguments: tuple[Any, ...]
 ) -> dict[str, tuple[int, int, str]]:
-    """By name of the convolution: bytes of the stock modules, bytes fused, why stock PyTorch is chosen."""
-    calls: dict[str, list[DepthwiseCall]] = {plan.name: [] for plan in plans}
+    """By name of the module: bytes of the stock modules, bytes fused, why stock PyTorch is chosen."""
+    calls: dict[str, list[tuple[int, int]]] = {plan.name: [] for plan in plans}
+    on_gpu: set[str] = set()
 
-    def observe(name: str) -> Callable[..., None]:
-        def hook(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            chain = getattr(conv, _ATTRIBUTE)
-            _, norm, _ = chain.members()
-            state = None
-            if norm is not None:
-                state = _frozen_state(norm)
-                if not chain.frozen:
-                    state = state._replace(batch_stats=norm.training or norm.running_mean is None)
-            padding = 0 if conv.padding == "valid" else conv.padding
-            options = (conv.stride, padding, conv.dilation, state, "post", chain.activation)
-            calls[name].append(
-                checked_call(inputs[0], conv.weight, conv.bias, *options, None, "after", False)
-            )
+    def observe(plan: _Plan) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            calls[plan.name].append(plan.family.weigh(module, inputs[0]))
+            if inputs[0].is_cuda:
+                on_gpu.add(plan.name)
 
         return hook
 
-    handles = [plan.conv.register_forward_pre_hook(observe(plan.name)) for plan in plans]
+    handles = [plan.conv.register_forward_pre_hook(observe(plan)) for plan in plans]
     try:
         choices = explain(model, *arguments).choices
     finally:
@@ -885,19 +992,14 @@ def _weigh(
             handle.remove()
     found = {}
     for name, made in calls.items():
-        stock = fused = 0
-        for call in made:
-            for direction in ("forward", "backward") if call.needs_grad else ("forward",):
-                stock += separate_bytes(call, direction)
-                fused += least_bytes(call, direction)
         declined = ""
         for choice in choices:
             # On a CPU both ways are the same PyTorch calls, and the model may yet be moved to a GPU.
-            on_gpu = any(call.x.is_cuda for call in made)
-            if choice.module == name and choice.backend == "reference" and on_gpu:
+            if choice.module == name and choice.backend == "reference" and name in on_gpu:
                 why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.rejected.items())
                 declined = choice.reason if "measured" in choice.reason else why or choice.reason
         if made:
+            stock, fused = map(sum, zip(*made, strict=True))
             found[name] = (stock, fused, declined)
     return found
 
@@ -908,6 +1010,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
     Exchanged are depthwise convolutions together with the BatchNorm and the activation that certainly follow
     them: the convolution's output goes nowhere but into the norm, the norm's nowhere but into the activation,
     in training and in evaluation mode. Where that cannot be seen, the convolution is exchanged alone.
+    Squeeze-and-excitation modules of timm and torchvision pool and scale by operators.
     Parameters, buffers, names and module objects stay as they are. A chain with a hook on one of its modules
     runs as stock modules for as long as the hook is there.
 
@@ -922,7 +1025,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
             was measured faster, or no kernel can run it) is not exchanged. Nothing is computed.
 
     Returns:
-        A row per depthwise convolution: exchanged or not, and why.
+        A row per depthwise convolution and squeeze-and-excitation module: exchanged or not, and why.
     """
     model = _unwrapped(model)
     for module in list(model.modules()):
@@ -947,7 +1050,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
     for plan in plans:
         reason = plan.declined or plan.remark
         members = tuple(names[id(m)] for m in plan.members if m is not None) if not plan.declined else ()
-        row = Row(plan.name, plan.pattern, not plan.declined, reason, members)
+        row = Row(plan.name, plan.pattern, not plan.declined, plan.family.kind, reason, members)
         if plan.name in weights:
             stock, fused, declined = weights[plan.name]
             row = replace(row, stock_bytes=stock, fused_bytes=fused)

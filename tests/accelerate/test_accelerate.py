@@ -247,7 +247,7 @@ def test_own_forward_is_left_alone():
 
 def test_dense_and_grouped_convolutions_are_no_rows():
     model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2))
-    assert str(fused_ops.accelerate(model)) == "no depthwise convolution"
+    assert str(fused_ops.accelerate(model)) == "no depthwise convolutions or squeeze-and-excitation modules"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -608,11 +608,11 @@ def test_command(monkeypatch, capsys):
     status, out, _ = run("timm/lcnet_035", "--size", "64")
     assert status == 0
     assert "timm/lcnet_035, 2x3x64x64 float32 channels_last, training" in out
-    assert "13 of 13 depthwise convolutions exchanged" in out
+    assert "13 of 13 depthwise convolutions, 2 of 2 squeeze-and-excitation modules exchanged" in out
     assert "blocks.0.0.conv_dw" in out
     status, out, _ = run("lcnet_035", "--json")
     assert status == 0
-    assert [row["exchanged"] for row in json.loads(out)] == [True] * 13
+    assert [row["exchanged"] for row in json.loads(out)] == [True] * 15
     status, _, error = run("no_such_model")
     assert status == 2
     assert "no_such_model" in error

@@ -64,6 +64,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def gates(model: torch.nn.Module) -> int:
+    """Squeeze-and-excitation modules, by what their classes are called."""
+    names = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SqueezeExcitation")
+    return sum(type(module).__name__.removeprefix("Accelerated") in names for module in model.modules())
+
+
 def snapshot(model: torch.nn.Module) -> list[tuple[str, int, type, list[str]]]:
     """Every module object, its class, and which attributes it has."""
     return [(name, id(m), type(m), sorted(m.__dict__)) for name, m in model.named_modules()]
@@ -75,7 +81,8 @@ def test_same_model(name):
     fused = copy.deepcopy(stock)
     before, state = snapshot(fused), fused.state_dict()
     report = fused_ops.accelerate(fused)
-    kinds = [row.pattern.count("->") for row in report.results if row.exchanged]
+    kinds = [row.pattern.count("->") for row in report.results if row.exchanged and row.kind == "depthwise"]
+    assert sum(row.exchanged and row.kind == "squeeze_excite" for row in report.results) == gates(stock)
     assert (kinds.count(1), kinds.count(2), len(kinds)) == EXCHANGED[name]
     assert [n for n, *_ in snapshot(fused)] == [n for n, *_ in before]
     assert fused.state_dict().keys() == state.keys()
@@ -96,7 +103,8 @@ def test_every_chain_runs_fused():
         fused_ops.accelerate(model)
         with backends.record() as choices:
             inference(model)
-        assert len(choices) == EXCHANGED[name][2]
+        # A gate pools and scales.
+        assert len(choices) == EXCHANGED[name][2] + 2 * gates(model)
         norms = sum("post-norm with running statistics" in choice.call for choice in choices)
         assert norms == sum(EXCHANGED[name][:2])
 
@@ -107,7 +115,7 @@ def test_ten_steps_of_training():
     for dtype, exchange in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
         model = build("lcnet_035").to(dtype).train()
         if exchange:
-            assert fused_ops.accelerate(model).exchanged == 13
+            assert fused_ops.accelerate(model).exchanged == 15
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         generator = torch.Generator().manual_seed(3)
         losses = []
