@@ -3,6 +3,7 @@
 from fused_ops.accelerate import Report, accelerate, restore
 from fused_ops.attention import SpatialReductionAttention, few_key_attention
 from fused_ops.blocks import DSBlock
+from fused_ops.co_attention import CoAttention
 from fused_ops.core.backends import BackendUnavailableError, backend
 from fused_ops.core.explain import explain
 from fused_ops.depthwise import BatchNormState, DepthwiseConv2d, DepthwiseConvBNAct, depthwise_conv, fold
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "BatchNormState",
+    "CoAttention",
     "DSBlock",
     "DepthwiseConv2d",
     "DepthwiseConvBNAct",

@@ -177,8 +177,9 @@ def test_fused_calls_cost_their_least_bytes():
     )
     unit = 8 * 512 * 7 * 7 * 2
     # Eager: convolution and addition, 5 units, on all channels; BatchNorm too, 7, on half of them. Ours: 2.
-    assert (eager.fused_calls, fused.fused_calls) == (0, 2)
-    assert eager.launches - fused.launches == 3
+    # Co-attention is one launch in place of two, over the same bytes.
+    assert (eager.fused_calls, fused.fused_calls) == (0, 3)
+    assert eager.launches - fused.launches == 4
     assert eager.bytes - fused.bytes == pytest.approx(3 * unit + 5 * unit / 2, rel=0.02)
 
 

@@ -15,6 +15,7 @@ from fused_ops.blocks.layout import (
     to_channels_last,
     tokens_to_map,
 )
+from fused_ops.co_attention.module import align, init_linear
 from fused_ops.core.drop_path import DropPath
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 
@@ -128,7 +129,7 @@ class DSBlock(nn.Module):
         self.mlp = _Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                _init_linear(module)
+                init_linear(module)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and statistics again, for instance after ``to_empty``.
@@ -139,7 +140,7 @@ class DSBlock(nn.Module):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             if isinstance(module, nn.Linear):
-                _init_linear(module)
+                init_linear(module)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
@@ -190,13 +191,8 @@ class DSBlock(nn.Module):
 
     def _co_attention(self, local: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Both directions at once, from the same inputs: maps (B, h, H, W) and tokens (B, M, h)."""
-        projected = map_to_tokens(self.cross_channel_up_conv(self.norm_conv2(local)))
-        query_l, key_l, value_l = self._heads(projected)
-        query_g, key_g, value_g = self._heads(self.cross_channel_up_sa(self.norm_sa2(tokens)))
-        to_local = self.fuse_channel_conv(self._attention(query_l, key_g, value_g))
-        to_global = self.fuse_channel_sa(self._attention(query_g, key_l, value_l))
-        size = (local.shape[-2], local.shape[-1])
-        return local + tokens_to_map(to_local, size), tokens + to_global
+        dropout = self.attn_drop.p if self.training else 0.0
+        return align(self, local, tokens, self.num_heads, dropout)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3·C) in the order [q | k | v], each [head][d_h], to three views (B, heads, N, d_h)."""
@@ -221,11 +217,6 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if (x.shape[-2], x.shape[-1]) == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
-
-
-def _init_linear(module: nn.Linear) -> None:
-    nn.init.trunc_normal_(module.weight, std=0.02)
-    nn.init.zeros_(module.bias)
 
 
 def _check_arguments(
