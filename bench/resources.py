@@ -312,7 +312,10 @@ def source_digests() -> dict[str, str]:
         folder = native.SOURCES / Path(unit.source).parts[0]
         files = [path for place in (folder, native.SOURCES / "common") for path in place.iterdir()]
         found[f"{folder.name} cuda"] = [path for path in files if path.suffix in (".cu", ".h")]
-    shared = [PACKAGE / "core" / f"{name}.py" for name in ("activations", "statistics", "triton_support")]
+    shared = [
+        PACKAGE / "core" / f"{name}.py"
+        for name in ("activations", "statistics", "triton_attention", "triton_support")
+    ]
     for name, operator in library.operators().items():
         folder = Path(sys.modules[operator.function.__module__].__file__).parent
         if files := list(folder.glob("triton*.py")):

@@ -14,6 +14,7 @@ from fused_ops.attention.cases import cases
 from fused_ops.core import library
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.checks import any_requires_grad, check_alike, check_direction, check_float
+from fused_ops.core.dropout import draw_seed
 
 
 @dataclass
@@ -112,14 +113,6 @@ def _check_companions(
     for name, tensor in (("bias", bias), ("key_mask", key_mask), ("seed", seed)):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be where query is, on {query.device}")
-
-
-def draw_seed(like: Tensor) -> Tensor:
-    """Seed of dropout, (2) int64 on the device of ``like``, from PyTorch's default generator there.
-
-    A tensor and not two numbers: a captured CUDA graph then draws a new one at each replay.
-    """
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=like.device)
 
 
 def few_key_attention(

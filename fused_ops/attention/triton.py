@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.attention.reference import dropout_threshold
 from fused_ops.attention.triton_kernels import backward_kernel, forward_kernel, sum_parts_kernel
 from fused_ops.core import backends, environment, tuning
+from fused_ops.core.dropout import dropout_threshold
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
 
 LARGEST_KEYS = 256

@@ -9,31 +9,8 @@ Keys and the width of a head are padded to powers of two inside the tiles, and n
 
 from __future__ import annotations
 
+from fused_ops.core.triton_attention import dot, keep, keep_transposed, load, store
 from fused_ops.core.triton_support import jit, tl
-
-
-@jit
-def _load(pointer, rows, columns, row_stride, column_stride, row_count, WIDTH: tl.constexpr):
-    """(rows, columns) of a matrix with ``row_count`` rows and WIDTH columns; zeros outside."""
-    where = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    mask = (rows < row_count)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(pointer + where, mask=mask, other=0.0)
-
-
-@jit
-def _store(pointer, value, rows, columns, row_stride, row_count, WIDTH: tl.constexpr):
-    where = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    mask = (rows < row_count)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(pointer + where, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@jit
-def _dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Product of two tiles in float32. UPCAST: the interpreter's product of bfloat16 tiles is wrong."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @jit
@@ -44,44 +21,6 @@ def _keys_taken(mask_ptr, image, k, keys, mask_b, mask_k):
         where = image.to(tl.int64) * mask_b + k.to(tl.int64) * mask_k
         taken = taken & (tl.load(mask_ptr + where, mask=taken, other=0) != 0)
     return taken
-
-
-@jit
-def _random_words(seed_ptr, c0, c1, c2):
-    """Philox for the counters (c0, c1, c2, seed[1]) under the key seed[0]; c0 and c1 are tiles."""
-    offset = tl.load(seed_ptr + 1).to(tl.int32)
-    c2 = tl.zeros_like(c0) + c2
-    c3 = tl.zeros_like(c0) + offset
-    return tl.philox(tl.load(seed_ptr), c0, c1, c2, c3)
-
-
-@jit
-def _at_least(word, threshold):
-    return (word >> 1).to(tl.int32) >= threshold
-
-
-@jit
-def _keep(seed_ptr, q, row, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which probabilities (BLOCK_M, BLOCK_K) of the queries ``q`` dropout keeps; four keys per counter."""
-    groups = tl.arange(0, BLOCK_K // 4)
-    c0 = q[:, None] + tl.zeros_like(groups)[None, :]
-    c1 = groups[None, :] + tl.zeros_like(q)[:, None]
-    w0, w1, w2, w3 = _random_words(seed_ptr, c0, c1, row)
-    even = tl.join(_at_least(w0, threshold), _at_least(w2, threshold))
-    odd = tl.join(_at_least(w1, threshold), _at_least(w3, threshold))
-    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_K))
-
-
-@jit
-def _keep_transposed(seed_ptr, q, row, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The same as (BLOCK_K, BLOCK_M)."""
-    groups = tl.arange(0, BLOCK_K // 4)
-    c0 = q[None, :] + tl.zeros_like(groups)[:, None]
-    c1 = groups[:, None] + tl.zeros_like(q)[None, :]
-    w0, w1, w2, w3 = _random_words(seed_ptr, c0, c1, row)
-    even = tl.join(_at_least(w0, threshold), _at_least(w2, threshold))
-    odd = tl.join(_at_least(w1, threshold), _at_least(w3, threshold))
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (BLOCK_K, BLOCK_M))
 
 
 @jit
@@ -140,14 +79,14 @@ def forward_kernel(
     k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     taken = _keys_taken(mask_ptr, image, k, keys, mask_b, mask_k)
-    key = _load(key_ptr, k, d, key_n, key_d, keys, HEAD_DIM)
-    value = _load(value_ptr, k, d, value_n, value_d, keys, HEAD_DIM)
+    key = load(key_ptr, k, d, key_n, key_d, keys, HEAD_DIM)
+    value = load(value_ptr, k, d, value_n, value_d, keys, HEAD_DIM)
     first = part * part_queries
     last = tl.minimum(first + part_queries, queries)
     for start in range(first, last, BLOCK_M):
         q = start + tl.arange(0, BLOCK_M)
-        query = _load(query_ptr, q, d, query_n, query_d, queries, HEAD_DIM)
-        scores = _dot(query, tl.trans(key), UPCAST, PRECISION) * scale
+        query = load(query_ptr, q, d, query_n, query_d, queries, HEAD_DIM)
+        scores = dot(query, tl.trans(key), UPCAST, PRECISION) * scale
         if bias_ptr is not None:
             # (BLOCK_M, BLOCK_K)
             bias_where = q.to(tl.int64)[:, None] * bias_n + k.to(tl.int64)[None, :] * bias_k
@@ -161,13 +100,13 @@ def forward_kernel(
         weights = tl.exp2(scores - largest[:, None])
         total = tl.sum(weights, axis=1)
         if DROPOUT:
-            keep = _keep(seed_ptr, q, image * heads + head, threshold, BLOCK_M, BLOCK_K)
-            weights = tl.where(keep, weights, 0.0)
+            kept = keep(seed_ptr, q, 0, image * heads + head, threshold, BLOCK_M, BLOCK_K)
+            weights = tl.where(kept, weights, 0.0)
         # Weights of a query without any key are zeros, which any factor leaves as they are.
         factor = (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
         weights = weights.to(value_ptr.dtype.element_ty)
-        out = _dot(weights, value, UPCAST, PRECISION) * factor
-        _store(out_ptr, out, q, d, out_n, queries, HEAD_DIM)
+        out = dot(weights, value, UPCAST, PRECISION) * factor
+        store(out_ptr, out, q, d, out_n, 1, queries, HEAD_DIM)
 
 
 @jit
@@ -243,8 +182,8 @@ def backward_kernel(
     k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     taken = _keys_taken(mask_ptr, image, k, keys, mask_b, mask_k)
-    key = _load(key_ptr, k, d, key_n, key_d, keys, HEAD_DIM)
-    value = _load(value_ptr, k, d, value_n, value_d, keys, HEAD_DIM)
+    key = load(key_ptr, k, d, key_n, key_d, keys, HEAD_DIM)
+    value = load(value_ptr, k, d, value_n, value_d, keys, HEAD_DIM)
     if key_grad_ptr is not None:
         key_sum = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if value_grad_ptr is not None:
@@ -253,9 +192,9 @@ def backward_kernel(
     last = tl.minimum(first + part_queries, queries)
     for start in range(first, last, BLOCK_M):
         q = start + tl.arange(0, BLOCK_M)
-        query = _load(query_ptr, q, d, query_n, query_d, queries, HEAD_DIM)
-        grad = _load(grad_ptr, q, d, grad_n, grad_d, queries, HEAD_DIM)
-        scores = _dot(key, tl.trans(query), UPCAST, PRECISION) * score_scale
+        query = load(query_ptr, q, d, query_n, query_d, queries, HEAD_DIM)
+        grad = load(grad_ptr, q, d, grad_n, grad_d, queries, HEAD_DIM)
+        scores = dot(key, tl.trans(query), UPCAST, PRECISION) * score_scale
         if bias_ptr is not None:
             # (BLOCK_K, BLOCK_M)
             bias_where = q.to(tl.int64)[None, :] * bias_n + k.to(tl.int64)[:, None] * bias_k
@@ -270,15 +209,15 @@ def backward_kernel(
         weights *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
         dropped = weights
         if DROPOUT:
-            keep = _keep_transposed(seed_ptr, q, row, threshold, BLOCK_M, BLOCK_K)
-            dropped = tl.where(keep, weights * keep_scale, 0.0)
+            kept = keep_transposed(seed_ptr, q, 0, row, threshold, BLOCK_M, BLOCK_K)
+            dropped = tl.where(kept, weights * keep_scale, 0.0)
         if value_grad_ptr is not None:
             dropped = dropped.to(grad_ptr.dtype.element_ty)
-            value_sum += _dot(dropped, grad, UPCAST, PRECISION)
+            value_sum += dot(dropped, grad, UPCAST, PRECISION)
         if query_grad_ptr is not None or key_grad_ptr is not None or score_grad_ptr is not None:
-            weight_grad = _dot(value, tl.trans(grad), UPCAST, PRECISION)
+            weight_grad = dot(value, tl.trans(grad), UPCAST, PRECISION)
             if DROPOUT:
-                weight_grad = tl.where(keep, weight_grad * keep_scale, 0.0)
+                weight_grad = tl.where(kept, weight_grad * keep_scale, 0.0)
             delta = tl.sum(weights * weight_grad, axis=0)
             score_grad = weights * (weight_grad - delta[None, :])
             if score_grad_ptr is not None:
@@ -287,16 +226,16 @@ def backward_kernel(
                 tl.store(score_grad_ptr + scores_where, score_grad, mask=scores_ok)
             score_grad = score_grad.to(query_ptr.dtype.element_ty)
             if key_grad_ptr is not None:
-                key_sum += _dot(score_grad, query, UPCAST, PRECISION)
+                key_sum += dot(score_grad, query, UPCAST, PRECISION)
             if query_grad_ptr is not None:
                 target = query_grad_ptr + image.to(tl.int64) * queries * token + head * HEAD_DIM
-                query_grad = _dot(tl.trans(score_grad), key, UPCAST, PRECISION) * scale
-                _store(target, query_grad, q, d, token, queries, HEAD_DIM)
+                query_grad = dot(tl.trans(score_grad), key, UPCAST, PRECISION) * scale
+                store(target, query_grad, q, d, token, 1, queries, HEAD_DIM)
     offset = part.to(tl.int64) * part_stride + image.to(tl.int64) * keys * token + head * HEAD_DIM
     if key_grad_ptr is not None:
-        _store(key_grad_ptr + offset, key_sum * scale, k, d, token, keys, HEAD_DIM)
+        store(key_grad_ptr + offset, key_sum * scale, k, d, token, 1, keys, HEAD_DIM)
     if value_grad_ptr is not None:
-        _store(value_grad_ptr + offset, value_sum, k, d, token, keys, HEAD_DIM)
+        store(value_grad_ptr + offset, value_sum, k, d, token, 1, keys, HEAD_DIM)
 
 
 @jit

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.attention.op import draw_seed
 from fused_ops.co_attention import reference, triton
 from fused_ops.co_attention.cases import cases
 from fused_ops.core import library
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.checks import any_requires_grad, check_alike, check_direction, check_float
+from fused_ops.core.dropout import draw_seed
 
 # In the order of the operators' arguments and of all lists of gradients.
 INPUTS = ("local_query", "local_value", "global_key", "global_value", "local_key", "global_query")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ops.attention.reference import dropout_keep
+from fused_ops.core.dropout import dropout_keep
 
 
 def is_nchw(tokens: Tensor) -> bool:
@@ -39,7 +39,7 @@ def co_attention(
 ) -> tuple[Tensor, Tensor]:
     """Both directions with all scores spelt out; see :func:`fused_ops.co_attention.op.co_attention`.
 
-    The weights that dropout keeps are those of :func:`fused_ops.attention.reference.dropout_keep`, where the
+    The weights that dropout keeps are those of :func:`fused_ops.core.dropout.dropout_keep`, where the
     images of the direction to global tokens count on from those of the direction to local tokens.
     """
     to_local = local_query.transpose(1, 2) @ global_key.permute(0, 2, 3, 1) * scale

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ops.attention.reference import dropout_threshold
 from fused_ops.co_attention.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -23,6 +22,7 @@ from fused_ops.co_attention.triton_kernels import (
     sum_parts_kernel,
 )
 from fused_ops.core import backends, environment, tuning
+from fused_ops.core.dropout import dropout_threshold
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
 
 LARGEST_HEAD = 128

@@ -14,45 +14,8 @@ Numbers of tokens and the width of a head are padded to powers of two inside the
 
 from __future__ import annotations
 
-from fused_ops.attention.triton_kernels import _at_least as at_least
-from fused_ops.attention.triton_kernels import _dot as dot
-from fused_ops.attention.triton_kernels import _load as load
-from fused_ops.attention.triton_kernels import _random_words as random_words
+from fused_ops.core.triton_attention import dot, keep, keep_transposed, load, store
 from fused_ops.core.triton_support import jit, tl
-
-
-@jit
-def _store(pointer, value, rows, columns, row_stride, column_stride, row_count, WIDTH: tl.constexpr):
-    where = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    mask = (rows < row_count)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(pointer + where, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@jit
-def _keep(seed_ptr, query, first_key, row, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which weights (QUERIES, KEYS) dropout keeps; four keys per counter.
-
-    ``query`` (QUERIES) are the queries' numbers, ``first_key`` the first key's, a multiple of four.
-    """
-    group = first_key // 4 + tl.arange(0, KEYS // 4)
-    c0 = query[:, None] + tl.zeros_like(group)[None, :]
-    c1 = group[None, :] + tl.zeros_like(query)[:, None]
-    w0, w1, w2, w3 = random_words(seed_ptr, c0, c1, row)
-    even = tl.join(at_least(w0, threshold), at_least(w2, threshold))
-    odd = tl.join(at_least(w1, threshold), at_least(w3, threshold))
-    return tl.reshape(tl.join(even, odd), (QUERIES, KEYS))
-
-
-@jit
-def _keep_transposed(seed_ptr, query, first_key, row, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """The same as (KEYS, QUERIES)."""
-    group = first_key // 4 + tl.arange(0, KEYS // 4)
-    c0 = query[None, :] + tl.zeros_like(group)[:, None]
-    c1 = group[:, None] + tl.zeros_like(query)[None, :]
-    w0, w1, w2, w3 = random_words(seed_ptr, c0, c1, row)
-    even = tl.join(at_least(w0, threshold), at_least(w2, threshold))
-    odd = tl.join(at_least(w1, threshold), at_least(w3, threshold))
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (KEYS, QUERIES))
 
 
 @jit
@@ -83,8 +46,8 @@ def _accumulate(
     factor = tl.exp2(largest - new)
     total = total * factor + tl.sum(weights, axis=1)
     if DROPOUT:
-        keep = _keep(seed_ptr, query, first_key, row, threshold, QUERIES, KEYS)
-        weights = tl.where(keep, weights, 0.0)
+        kept = keep(seed_ptr, query, first_key, row, threshold, QUERIES, KEYS)
+        weights = tl.where(kept, weights, 0.0)
     out = out * factor[:, None] + dot(weights.to(value.dtype), value, UPCAST, PRECISION)
     return out, new, total
 
@@ -254,7 +217,7 @@ def forward_kernel(
                 UPCAST,
                 PRECISION,
             )
-            _store(local_out_ptr, out * keep_scale, n, d, local_out_n, local_out_d, locals_count, HEAD_DIM)
+            store(local_out_ptr, out * keep_scale, n, d, local_out_n, local_out_d, locals_count, HEAD_DIM)
             if local_lse_ptr is not None:
                 where = (image.to(tl.int64) * locals_count + n) * heads + head
                 tl.store(local_lse_ptr + where, lse, mask=n < locals_count)
@@ -285,10 +248,10 @@ def forward_kernel(
             weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
             factor = keep_scale / tl.sum(weights, axis=1)
             if DROPOUT:
-                keep = _keep(seed_ptr, n, 0, row, threshold, BLOCK_L, BLOCK_G)
-                weights = tl.where(keep, weights, 0.0)
+                kept = keep(seed_ptr, n, 0, row, threshold, BLOCK_L, BLOCK_G)
+                weights = tl.where(kept, weights, 0.0)
             out = dot(weights.to(value.dtype), value, UPCAST, PRECISION) * factor[:, None]
-            _store(local_out_ptr, out, n, d, local_out_n, local_out_d, last, HEAD_DIM)
+            store(local_out_ptr, out, n, d, local_out_n, local_out_d, last, HEAD_DIM)
             if SHARED:
                 local_value = load(local_value_ptr, n, d, local_value_n, local_value_d, last, HEAD_DIM)
                 affinity = tl.where((n < last)[None, :], affinity, float("-inf"))
@@ -341,7 +304,7 @@ def forward_kernel(
         )
     where = (part * (rows // heads) + image).to(tl.int64) * globals_count
     global_out_ptr += (where * heads + head) * HEAD_DIM
-    _store(global_out_ptr, global_out * keep_scale, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
+    store(global_out_ptr, global_out * keep_scale, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
     tl.store(global_lse_ptr + (where + g) * heads + head, global_lse, mask=g < globals_count)
 
 
@@ -373,7 +336,7 @@ def merge_kernel(
         out = out * factor[:, None] + part_out * weight[:, None]
         total = total * factor + weight
         largest = new
-    _store(out_ptr, out / total[:, None], r, d, HEAD_DIM, 1, rows, HEAD_DIM)
+    store(out_ptr, out / total[:, None], r, d, HEAD_DIM, 1, rows, HEAD_DIM)
     tl.store(lse_ptr + r, largest + tl.log2(total), mask=r < rows)
 
 
@@ -410,9 +373,9 @@ def _to_local_gradients(
     weight_grad = dot(value, tl.trans(grad), UPCAST, PRECISION)
     dropped = weights
     if DROPOUT:
-        keep = _keep_transposed(seed_ptr, n, first_g, row, threshold, BLOCK_L, BLOCK_G)
-        dropped = tl.where(keep, weights * keep_scale, 0.0)
-        weight_grad = tl.where(keep, weight_grad * keep_scale, 0.0)
+        kept = keep_transposed(seed_ptr, n, first_g, row, threshold, BLOCK_L, BLOCK_G)
+        dropped = tl.where(kept, weights * keep_scale, 0.0)
+        weight_grad = tl.where(kept, weight_grad * keep_scale, 0.0)
     if WHOLE:
         delta = tl.sum(weights * weight_grad, axis=0)
     return dropped, weights * (weight_grad - delta[None, :])
@@ -445,9 +408,9 @@ def _to_global_gradients(
     weight_grad = dot(grad, tl.trans(value), UPCAST, PRECISION)
     dropped = weights
     if DROPOUT:
-        keep = _keep(seed_ptr, g, first_n, row, threshold, BLOCK_G, BLOCK_L)
-        dropped = tl.where(keep, weights * keep_scale, 0.0)
-        weight_grad = tl.where(keep, weight_grad * keep_scale, 0.0)
+        kept = keep(seed_ptr, g, first_n, row, threshold, BLOCK_G, BLOCK_L)
+        dropped = tl.where(kept, weights * keep_scale, 0.0)
+        weight_grad = tl.where(kept, weight_grad * keep_scale, 0.0)
     return dropped, weights * (weight_grad - delta[:, None])
 
 
@@ -579,7 +542,7 @@ def _walk(
             if local_value_grad_ptr is not None:
                 dropped_back = tl.trans(dropped_back.to(global_grad.dtype))
                 local_value_grad = dot(dropped_back, global_grad, UPCAST, PRECISION)
-                _store(local_value_grad_ptr, local_value_grad, n, d, gradients_n, gradients_d, last, HEAD_DIM)
+                store(local_value_grad_ptr, local_value_grad, n, d, gradients_n, gradients_d, last, HEAD_DIM)
             if TO_LOCAL:
                 score_grad += score_grad_back
             else:
@@ -589,7 +552,7 @@ def _walk(
             x_sum += dot(score_grad, local_x, UPCAST, PRECISION)
         if local_x_grad_ptr is not None:
             local_x_grad = dot(tl.trans(score_grad), x, UPCAST, PRECISION) * scale
-            _store(local_x_grad_ptr, local_x_grad, n, d, gradients_n, gradients_d, last, HEAD_DIM)
+            store(local_x_grad_ptr, local_x_grad, n, d, gradients_n, gradients_d, last, HEAD_DIM)
     return x_sum, value_sum
 
 
@@ -837,7 +800,7 @@ def backward_kernel(
                     score_grad = tl.trans(score_grad.to(global_query.dtype))
                     key_grad += dot(score_grad, global_query, UPCAST, PRECISION)
                 if local_value_grad_ptr is not None:
-                    _store(
+                    store(
                         local_value_grad_ptr,
                         value_grad,
                         n,
@@ -851,12 +814,12 @@ def backward_kernel(
                     query_grad += key_grad
                 elif local_key_grad_ptr is not None:
                     key_grad *= scale
-                    _store(
+                    store(
                         local_key_grad_ptr, key_grad, n, d, gradients_n, gradients_d, locals_count, HEAD_DIM
                     )
             if local_query_grad_ptr is not None:
                 query_grad *= scale
-                _store(
+                store(
                     local_query_grad_ptr, query_grad, n, d, gradients_n, gradients_d, locals_count, HEAD_DIM
                 )
             return
@@ -948,7 +911,7 @@ def backward_kernel(
         )
         if global_value_grad_ptr is not None:
             global_value_grad_ptr += global_start
-            _store(global_value_grad_ptr, value_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
+            store(global_value_grad_ptr, value_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
     if TO_GLOBAL and not (SHARED and TO_LOCAL) and (WHOLE or back_x_grad_ptr is not None):
         back_x = load(back_x_ptr, g, d, back_x_n, back_x_d, globals_count, HEAD_DIM)
         back_x_grad, _ = _walk(
@@ -1005,11 +968,11 @@ def backward_kernel(
         elif global_query_grad_ptr is not None:
             back_x_grad *= scale
             global_query_grad_ptr += global_start
-            _store(global_query_grad_ptr, back_x_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
+            store(global_query_grad_ptr, back_x_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
     if global_key_grad_ptr is not None:
         key_grad *= scale
         global_key_grad_ptr += global_start
-        _store(global_key_grad_ptr, key_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
+        store(global_key_grad_ptr, key_grad, g, d, heads * HEAD_DIM, 1, globals_count, HEAD_DIM)
 
 
 @jit
