@@ -1,4 +1,4 @@
-"""Dropout by counters: the same draws on every backend, forward and backward, with nothing kept but a seed."""
+"""Dropout by counters: the same draws on every backend, in both directions, from nothing but a seed."""
 
 from __future__ import annotations
 
