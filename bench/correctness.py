@@ -6,7 +6,7 @@ timing, on the same shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,32 @@ def leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_tensors(arguments).items() if tensor.requires_grad}
 
 
+def outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What an operator returned, as a tuple."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def named_outputs(out: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The output as ``out``, or several as ``out 0`` and so on."""
+    if isinstance(out, tuple):
+        return {f"out {number}": value for number, value in enumerate(out)}
+    return {"out": out}
+
+
+def cotangents(results: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """:func:`cotangent` of every output among the results of :func:`outcome`."""
+    return tuple(cotangent(value) for name, value in results.items() if name.split(" ")[0] == "out")
+
+
+def gradients_of(
+    out: Tensor | tuple[Tensor, ...], wanted: Sequence[Tensor], grads: Sequence[Tensor], **options: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``wanted`` from those of the outputs; an output that has none of them plays no part."""
+    pairs = [(one, grad) for one, grad in zip(outputs(out), grads, strict=True) if one.requires_grad]
+    ends, incoming = zip(*pairs, strict=True)
+    return torch.autograd.grad(ends, wanted, incoming, allow_unused=True, **options)
+
+
 def cotangent(out: Tensor) -> Tensor:
     """Random gradient for ``out``, in its layout, the same values for every provider."""
     generator = torch.Generator(out.device).manual_seed(23)
@@ -100,17 +126,17 @@ def cotangent(out: Tensor) -> Tensor:
     return torch.empty_like(out).copy_(values)
 
 
-def outcome(function: Callable[..., Tensor], arguments: dict[str, Any], gradients: bool) -> dict[str, Tensor]:
-    """Output, gradients and updated running statistics of one call.
+def outcome(function: Callable[..., Any], arguments: dict[str, Any], gradients: bool) -> dict[str, Tensor]:
+    """Outputs, gradients and updated running statistics of one call.
 
     ``arguments`` are used up: running statistics are updated in place.
     """
     wanted = leaves(arguments) if gradients else {}
     with torch.set_grad_enabled(bool(wanted)):
         out = function(**arguments)
-    results = {"out": out.detach()}
+    results = {name: value.detach() for name, value in named_outputs(out).items()}
     if wanted:
-        found = torch.autograd.grad(out, list(wanted.values()), cotangent(out), allow_unused=True)
+        found = gradients_of(out, list(wanted.values()), cotangents(results))
         results |= {f"grad {name}": value for name, value in zip(wanted, found, strict=True)}
     running = {name: value for name, value in named_tensors(arguments).items() if "running" in name}
     return results | {name: value.detach() for name, value in running.items()}

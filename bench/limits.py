@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops  # noqa: F401 (fills the registry)
+from fused_ops.bench.correctness import outputs
 from fused_ops.core import backends, environment, library
 
 
@@ -322,7 +323,7 @@ def operator_work(operator: library.Operator, case: Any, dtype: torch.dtype) -> 
             forward_flops = counter.get_total_flops()
             work[mode] = _work(operator, call, "forward", forward_flops, backend)
         leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
-        if leaves and out.requires_grad:
+        if leaves and any(value.requires_grad for value in outputs(out)):
             # Gradients of the input and of the filter each cost what the forward pass costs.
             flops = forward_flops * 2
             work["backward"] = _work(operator, call, "backward", flops, backend)

@@ -25,8 +25,9 @@ import fused_ops
 from fused_ops.bench import results, timing
 from fused_ops.bench.correctness import (
     copy_arguments,
-    cotangent,
+    cotangents,
     data_bytes,
+    gradients_of,
     is_parameter,
     leaves,
     named_tensors,
@@ -153,28 +154,32 @@ def saved_bytes(call: Callable[[], Any], arguments: dict[str, Any]) -> int:
 
 
 def make_call(
-    mode: str, function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor | None
+    mode: str, function: Callable[..., Any], arguments: dict[str, Any], grads: Sequence[Tensor]
 ) -> timing.Work:
     """What is timed for ``mode`` on one set of arguments; gradients are returned and not accumulated.
 
     Args:
-        grad: gradient of the output, for ``backward`` and ``both``.
+        grads: gradients of the outputs, for ``backward`` and ``both``.
     """
     if mode in ("eval", "forward"):
         return lambda: function(**arguments)
     wanted = list(leaves(arguments).values())
     if mode == "both":
-        return lambda: torch.autograd.grad(function(**arguments), wanted, grad, allow_unused=True)
+        return lambda: gradients_of(function(**arguments), wanted, grads)
     out = function(**arguments)
-    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True, allow_unused=True)
+    return lambda: gradients_of(out, wanted, grads, retain_graph=True)
 
 
 def make_set(
-    provider: Provider, mode: str, function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor
+    provider: Provider,
+    mode: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    grads: Sequence[Tensor],
 ) -> timing.Work:
-    """One call of ``provider`` on copies of the arguments and of the output's gradient, in its layout."""
+    """One call of ``provider`` on copies of the arguments and of the outputs' gradients, in its layout."""
     mine = copy_arguments(arguments, layout=provider.layout)
-    incoming = copy_arguments({"grad": grad}, layout=provider.layout)["grad"]
+    incoming = [copy_arguments({"grad": grad}, layout=provider.layout)["grad"] for grad in grads]
     return make_call(mode, function, mine, incoming)
 
 
@@ -220,7 +225,7 @@ def prepare_provider(
         expected: results of eager at the same precision, and in float64.
     """
     eager, exact = expected
-    dtype = eager["out"].dtype
+    dtype = next(iter(eager.values())).dtype
     with device.active(), _active(provider, mode)():
         try:
             function = provider.build(operator.function)
@@ -235,7 +240,7 @@ def prepare_provider(
             saved = None
             if mode != "eval":
                 saved = saved_bytes(lambda: function(**mine), mine)
-            call = make_set(provider, mode, function, arguments, cotangent(eager["out"]))
+            call = make_set(provider, mode, function, arguments, cotangents(eager))
             call()
             with timing.peak_memory(device) as memory:
                 call()
@@ -326,7 +331,7 @@ def measure_case(
         exact = outcome(operator.function, copy_arguments(arguments, dtype=torch.float64), gradients)
         eager = outcome(operator.function, copy_arguments(arguments), gradients)
         work = least_work(operator, arguments, mode)
-        grad = cotangent(eager["out"])
+        grads = cotangents(eager)
     template = Row(
         **{
             **machine.columns,
@@ -363,7 +368,7 @@ def measure_case(
                 note(provider, found)
             else:
                 prepared.append(found)
-    set_bytes = data_bytes(arguments) + grad.numel() * grad.element_size()
+    set_bytes = data_bytes(arguments) + sum(grad.nbytes for grad in grads)
     del exact, eager
     clocks = None
     for number, kind in enumerate(kinds(device, set_bytes, plan)):
@@ -371,7 +376,7 @@ def measure_case(
             continue
         # Every contestant is warm after the first kind.
         effort = plan if number == 0 else replace(plan, warmup_seconds=min(plan.warmup_seconds, 0.05))
-        measured = _time(prepared, arguments, grad, mode, kind, device, effort, deadline)
+        measured = _time(prepared, arguments, grads, mode, kind, device, effort, deadline)
         # Asking takes up to half a second, and the load is the same for every kind.
         clocks = clocks or timing.clocks_and_power(device)
         rows += _rows(template, measured, kind, prepared, machine, work, clocks)
@@ -381,7 +386,7 @@ def measure_case(
 def _time(
     prepared: Sequence[Prepared],
     arguments: dict[str, Any],
-    grad: Tensor,
+    grads: Sequence[Tensor],
     mode: str,
     kind: Kind,
     device: timing.Device,
@@ -395,7 +400,7 @@ def _time(
         try:
             with device.active(), active():
                 calls = [
-                    make_set(entry.provider, mode, entry.function, arguments, grad)
+                    make_set(entry.provider, mode, entry.function, arguments, grads)
                     for _ in range(kind.turn.sets)
                 ]
             contestant = timing.Contestant(entry.provider.name, calls, active)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fused_ops.bench.correctness import leaves
+from fused_ops.bench.correctness import gradients_of, leaves, outputs
 from fused_ops.core import backends, environment, library, native
 
 FIGURES = ("counted_bytes", "block_bytes", "requested_bytes")
@@ -143,9 +143,10 @@ def operator_traffic(
         out = operator.function(**arguments)
     rows = _rows(operator, backend, name, "forward", forward, calls[0])
     wanted = list(leaves(arguments).values())
-    if wanted and out.requires_grad:
+    if wanted and any(value.requires_grad for value in outputs(out)):
+        grads = [torch.randn_like(value) for value in outputs(out)]
         with count() as backward:
-            torch.autograd.grad(out, wanted, torch.randn_like(out), allow_unused=True)
+            gradients_of(out, wanted, grads)
         rows += _rows(operator, backend, name, "backward", backward, calls[0])
     return rows
 

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fused_ops.bench.correctness import outputs
 from fused_ops.core import backends, environment, library
 
 _POINTERS = {
@@ -128,6 +129,6 @@ def specialisations(operator: library.Operator, dtype: torch.dtype) -> list[Spec
             if "resources" not in case.tags:
                 continue
             arguments = case.make(torch.Generator().manual_seed(0), dtype, torch.device("cpu"), case.layout)
-            out = operator.function(**arguments)
-            out.backward(torch.zeros_like(out))
+            out = outputs(operator.function(**arguments))
+            torch.autograd.backward(out, [torch.zeros_like(value) for value in out])
     return list(seen)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.bench import results, timing
-from fused_ops.bench.correctness import copy_arguments, cotangent, data_bytes, outcome, three_way
+from fused_ops.bench.correctness import copy_arguments, cotangents, data_bytes, outcome, three_way
 from fused_ops.bench.ops import DTYPES, check_choices, make_arguments, make_call, release, selected_cases
 from fused_ops.core import environment, library, tuning
 from fused_ops.core.backends import Backend, BackendUnavailableError, backend
@@ -68,18 +68,19 @@ def tune_kernel(
         own: the heuristic's tile.
     """
     eager, exact = expected
-    grad = cotangent(eager["out"])
-    turn = timing.rotation(data_bytes(arguments) + grad.numel() * grad.element_size(), device.l2_bytes, plan)
+    grads = cotangents(eager)
+    moved = data_bytes(arguments) + sum(grad.nbytes for grad in grads)
+    turn = timing.rotation(moved, device.l2_bytes, plan)
     ready = []
     for tile in candidates(entry, kernel, sizes, own):
         active = _context(entry.name, mode, kernel, tile)
         try:
             with device.active(), active():
                 got = outcome(operator.function, copy_arguments(arguments), gradients=mode != "eval")
-                if three_way(got, eager, exact, eager["out"].dtype):
+                if three_way(got, eager, exact, next(iter(eager.values())).dtype):
                     continue
                 calls = [
-                    make_call(mode, operator.function, copy_arguments(arguments), grad)
+                    make_call(mode, operator.function, copy_arguments(arguments), grads)
                     for _ in range(turn.sets)
                 ]
             contestant = timing.Contestant(str(tile), calls, active)

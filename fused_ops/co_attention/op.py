@@ -416,15 +416,10 @@ _DIFFERENTIABLE = library.DifferentiableOperator(
 )
 
 
-def joined(**arguments: Any) -> Tensor:
-    """Both outputs of :func:`co_attention`, one after the other: tests and bench compare one tensor."""
-    return torch.cat(co_attention(**arguments), 1)
-
-
 OPERATOR = library.register(
     library.Operator(
         "co_attention",
-        joined,
+        co_attention,
         BACKENDS,
         cases,
         least_bytes,

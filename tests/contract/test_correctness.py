@@ -70,7 +70,8 @@ def test_three_way(operator, case, backend, dtype, layout, device, request):
     exact = run(operator, exact_arguments, "reference", gradients=has_backward)
     eager = run(operator, eager_arguments, "reference", gradients=has_backward)
     assert_three_way(result, eager, exact, dtype)
-    assert result["out"].dtype == dtype
+    names = [name for name in result if name.split(" ")[0] == "out"]
+    assert all(result[name].dtype == dtype for name in names)
     for name, value in result.items():
         if name.startswith("grad "):
             source = named_tensors(arguments)[name.removeprefix("grad ")]
@@ -78,7 +79,8 @@ def test_three_way(operator, case, backend, dtype, layout, device, request):
             # Of tokens, stock PyTorch gives gradients in whatever layout its products leave.
             layouts = (layout_of(eager[name]), layout_of(dense[name.removeprefix("grad ")]))
             assert layout_of(value) in layouts, f"{name}: layout differs from stock"
-    assert layout_of(result["out"]) == layout_of(eager["out"])
+    for name in names:
+        assert layout_of(result[name]) == layout_of(eager[name]), name
 
 
 def layout_of(tensor: Tensor) -> list[int]:

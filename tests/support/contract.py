@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops
-from fused_ops.bench.correctness import copy_arguments, cotangent, named_tensors, three_way
+from fused_ops.bench.correctness import (
+    copy_arguments,
+    cotangent,  # noqa: F401 (tests take it from here)
+    cotangents,
+    gradients_of,
+    named_outputs,
+    named_tensors,
+    three_way,
+)
 from fused_ops.core import environment, library, native
 from fused_ops.core.cases import Case
 
@@ -72,15 +80,15 @@ def run(
     gradients: bool = True,
     grad: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Output, gradients and updated running statistics of one call on ``backend``."""
+    """Outputs, gradients and updated running statistics of one call on ``backend``."""
     tensors = named_tensors(arguments)
     leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     with fused_ops.backend(backend), contextlib.nullcontext() if gradients else torch.no_grad():
         out = operator.function(**arguments)
-    results = {"out": out.detach()}
+    results = {name: value.detach() for name, value in named_outputs(out).items()}
     if gradients and leaves:
-        incoming = cotangent(out) if grad is None else grad
-        found = torch.autograd.grad(out, list(leaves.values()), incoming, allow_unused=True)
+        incoming = cotangents(results) if grad is None else (grad,)
+        found = gradients_of(out, list(leaves.values()), incoming)
         results |= {f"grad {name}": value for name, value in zip(leaves, found, strict=True)}
     results |= {name: tensor.detach() for name, tensor in tensors.items() if "running" in name}
     return results
