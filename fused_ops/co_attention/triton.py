@@ -93,8 +93,9 @@ def _tile(direction: str, call: Any) -> tuple[int, int, int, int]:
         # Products of float32 tiles take every operand into registers.
         block_l, warps, stages = 16, 8, 1
     elif direction == "forward":
-        tight = call.dropout and (call.shared or head_dim > 32)
-        block_l, warps, stages = (32 if tight else 64), 4, 2
+        block_l, warps, stages = 64, 4, 2
+        if call.dropout and (call.shared or head_dim > 32):
+            block_l = 16 if head_dim > 64 else 32
     else:
         block_l, stages = (16 if call.dropout or head_dim > 32 else 32), 1
         warps = 8 if head_dim > 32 else 4
