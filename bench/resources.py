@@ -373,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops bench resources", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", nargs="*", help="architectures, e.g. 80 90; all supported ones by default")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="only the kernels of one backend")
+    parser.add_argument("--op", nargs="+", choices=sorted(library.operators()), help="only these operators")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument(
         "--changes", action="store_true", help="print only what differs from the committed report"
@@ -388,14 +389,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{report_path()}: compiled {', '.join(stale) or 'nothing, it is up to date'}")
             return 1 if any(row.spill_bytes for row in committed(None, None)) else 0
         if options.backend != "triton":
-            rows += native_resources(options.archs)
+            rows += native_resources(options.archs, options.op)
         if options.backend != "cuda":
-            rows += triton_resources(options.archs)
+            rows += triton_resources(options.archs, options.op)
     except RuntimeError as error:
         print(f"fused-ops bench resources: {error}", file=sys.stderr)
         return 2
     if options.changes:
-        found = changes(committed(options.backend, options.archs), rows)
+        known = committed(options.backend, options.archs)
+        found = changes([row for row in known if row.op in (options.op or [row.op])], rows)
         print(json.dumps(found, indent=2) if options.json else format_changes(found))
     else:
         print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else format_table(rows))

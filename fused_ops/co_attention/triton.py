@@ -53,14 +53,21 @@ def can_run(call: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def largest_block(head_dim: int) -> int:
-    """Global tokens of one block, at most: more of the widest heads spill registers."""
-    return 32 if head_dim > 64 else 64
+def largest_block(head_dim: int, crowded: bool = False) -> int:
+    """Global tokens of one block, at most; more would take all registers.
+
+    ``crowded``: both directions share scores and have dropout, so that a tile holds the most at once.
+    """
+    return 32 if head_dim > (32 if crowded else 64) else 64
+
+
+def _crowded(call: Any) -> bool:
+    return call.shared and call.dropout > 0
 
 
 def whole(call: Any) -> bool:
     """Whether one block holds all global tokens of a head, so that its programs serve both directions."""
-    return call.global_key.shape[1] <= largest_block(call.global_key.shape[3])
+    return call.global_key.shape[1] <= largest_block(call.global_key.shape[3], _crowded(call))
 
 
 class Plan(NamedTuple):
@@ -88,7 +95,7 @@ def _tile(direction: str, call: Any) -> tuple[int, int, int, int]:
     The largest tiles that spill no registers from sm_80 to sm_120.
     """
     _, tokens, _, head_dim = call.local_query.shape
-    block_g = min(largest_block(head_dim), max(16, next_power_of_2(call.global_key.shape[1])))
+    block_g = min(largest_block(head_dim, _crowded(call)), max(16, next_power_of_2(call.global_key.shape[1])))
     if call.local_query.element_size() == 4:
         # Products of float32 tiles take every operand into registers.
         block_l, warps, stages = 16, 8, 1
@@ -98,7 +105,7 @@ def _tile(direction: str, call: Any) -> tuple[int, int, int, int]:
             block_l = 16 if head_dim > 64 else 32
     else:
         block_l, stages = (16 if call.dropout or head_dim > 32 else 32), 1
-        warps = 8 if head_dim > 32 else 4
+        warps = 8 if head_dim > 32 or _crowded(call) else 4
     return min(block_l, max(16, next_power_of_2(tokens))), block_g, warps, stages
 
 
@@ -121,7 +128,13 @@ def tiles(kernel: str, sizes: tuple[int, ...]) -> Sequence[tuple[int, int, int, 
 
 @lru_cache(maxsize=1024)
 def make_plan(
-    direction: str, rows: int, tokens: int, keys: int, head_dim: int, tile: tuple[int, int, int, int]
+    direction: str,
+    rows: int,
+    tokens: int,
+    keys: int,
+    head_dim: int,
+    tile: tuple[int, int, int, int],
+    crowded: bool = False,
 ) -> Plan:
     """Plan for ``rows`` heads of all images with ``keys`` global tokens each.
 
@@ -130,9 +143,10 @@ def make_plan(
     least as long as that leaves about half the multiprocessors something to do.
     """
     block_l, block_g, warps, stages = tile
-    one_block = keys <= largest_block(head_dim)
+    largest = largest_block(head_dim, crowded)
+    one_block = keys <= largest
     # A tile may have been measured on other numbers of tokens and other widths.
-    block_g = max(16, next_power_of_2(keys)) if one_block else min(block_g, largest_block(head_dim))
+    block_g = max(16, next_power_of_2(keys)) if one_block else min(block_g, largest)
     blocks = ceil_div(keys, block_g)
     # In elements of half precision, relative to the width of a head.
     least, part = (4 * tokens, 4 * keys) if direction == "forward" else (7 * tokens, 12 * keys)
@@ -166,7 +180,7 @@ def plan_of(direction: str, call: Any) -> Plan:
         lambda: _tile(direction, call),
         call.local_query,
     )
-    return make_plan(direction, batch * heads, tokens, keys, head_dim, tuple(tile))
+    return make_plan(direction, batch * heads, tokens, keys, head_dim, tuple(tile), _crowded(call))
 
 
 def launch_count(call: Any, direction: str) -> int:

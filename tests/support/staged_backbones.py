@@ -29,7 +29,7 @@ from fused_ops.models import (
     official_state_dict,
     systems,
 )
-from fused_ops.models.registry import ModelInfo
+from fused_ops.models.registry import ModelInfo, system_of
 from support import golden
 
 Build = Callable[..., nn.Module]
@@ -280,7 +280,7 @@ def check_checkpoints(build: Build, size: Size) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.1)
-    system = next(system for system in systems() if isinstance(model, system.model_class))
+    system = system_of(model)
     for framework in {layout.framework for layout in system.layouts}:
         other = built(build)
         load_checkpoint(other, official_state_dict(model, framework))

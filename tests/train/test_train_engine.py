@@ -265,5 +265,5 @@ def test_accelerate_exchanges_before_averaging():
     model = timm.create_model("test_efficientnet", num_classes=3)
     settings = Settings(data="x", accelerate=True, device_batch=2, batch_size=2, img_size=64, ema_decay=0.9)
     engine = Engine(settings, model, 3, 1, CPU)
-    assert engine.acceleration.exchanged == len(engine.acceleration.results) == 2
+    assert engine.acceleration.exchanged == len(engine.acceleration.results) == 4
     assert restore(engine.model) == restore(engine.ema.module) > 0
