@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_ops.blocks.checkpointing import checkpoint_block
 from fused_ops.blocks.layout import is_channels_last, like_input, to_channels_last
 from fused_ops.core.checks import check_choice
+from fused_ops.core.initialise import init_linear
 from fused_ops.models.arguments import POOLS, check_classifier, check_image
 
 SCHEDULES = ("restart", "cumulative")
@@ -49,14 +50,6 @@ def check_heads(dim: int, num_heads: int) -> None:
     """
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
-
-
-def init_linear(module: nn.Module) -> None:
-    """Linear layers of vision transformers: truncated normal with standard deviation 0.02, zero bias."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def init_conv_fan_out(module: nn.Module) -> None:

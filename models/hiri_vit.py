@@ -34,6 +34,7 @@ from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_
 from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.checks import check_activation, check_choice
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.initialise import init_linear
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
@@ -43,7 +44,6 @@ from fused_ops.models.common import (
     classification_cfg,
     drop_path_rates,
     init_conv_fan_out,
-    init_linear,
 )
 from fused_ops.models.registry import ModelInfo, System, register_system
 

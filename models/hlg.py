@@ -39,6 +39,7 @@ from fused_ops import BatchNormState, depthwise_conv
 from fused_ops.blocks.layout import PointwiseConv2d, map_to_tokens, to_channels_last, tokens_to_map
 from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.initialise import init_linear
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
@@ -47,7 +48,6 @@ from fused_ops.models.common import (
     check_heads,
     classification_cfg,
     drop_path_rates,
-    init_linear,
 )
 from fused_ops.models.layouts import same_names_layout
 from fused_ops.models.registry import ModelInfo, System, register_system

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fused_ops.attention import SpatialReductionAttention
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.initialise import init_linear
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,
@@ -34,7 +35,6 @@ from fused_ops.models.common import (
     build_backbone,
     classification_cfg,
     drop_path_rates,
-    init_linear,
     resize_position_table,
 )
 from fused_ops.models.layouts import same_names_layout

@@ -24,6 +24,7 @@ from fused_ops import depthwise_conv
 from fused_ops.blocks.layout import to_channels_last
 from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.initialise import init_linear
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,
@@ -34,7 +35,6 @@ from fused_ops.models.common import (
     check_heads,
     classification_cfg,
     drop_path_rates,
-    init_linear,
 )
 from fused_ops.models.layouts import same_names_layout
 from fused_ops.models.registry import ModelInfo, System, register_system

@@ -12,9 +12,10 @@ from torch import Tensor
 from fused_ops.attention import reference, triton
 from fused_ops.attention.cases import cases
 from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype, cast
 from fused_ops.core.backends import Backend, choose, reference_can_run
-from fused_ops.core.checks import any_requires_grad, check_alike, check_direction, check_float
-from fused_ops.core.dropout import draw_seed
+from fused_ops.core.checks import any_requires_grad, check_alike, check_device, check_direction, check_float
+from fused_ops.core.dropout import check_dropout, draw_seed
 
 
 @dataclass
@@ -89,9 +90,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value has {value.shape[1]} rows; it must have one per key, {key.shape[1]}")
 
 
-def _check_companions(
-    query: Tensor, keys: int, bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None
-) -> None:
+def _check_companions(query: Tensor, keys: int, bias: Tensor | None, key_mask: Tensor | None) -> None:
     batch, queries, heads, _ = query.shape
     if bias is not None:
         if bias.dim() != 3 or bias.shape[0] not in (1, heads) or tuple(bias.shape[1:]) != (queries, keys):
@@ -108,11 +107,8 @@ def _check_companions(
             f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; it must be bool ({batch}, {keys}), true "
             "where a key takes part"
         )
-    if seed is not None and (tuple(seed.shape) != (2,) or seed.dtype != torch.int64):
-        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be int64 (2,): key and offset")
-    for name, tensor in (("bias", bias), ("key_mask", key_mask), ("seed", seed)):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be where query is, on {query.device}")
+    for name, tensor in (("bias", bias), ("key_mask", key_mask)):
+        check_device(name, tensor, query, "query")
 
 
 def few_key_attention(
@@ -153,14 +149,10 @@ def few_key_attention(
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = (
-            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-            for tensor in (query, key, value)
-        )
-        with torch.autocast(device_type, enabled=False):
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = (cast(tensor, dtype) for tensor in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):
             return few_key_attention(
                 query,
                 key,
@@ -172,9 +164,8 @@ def few_key_attention(
                 seed=seed,
             )
     _check_tensors(query, key, value)
-    _check_companions(query, key.shape[1], bias, key_mask, seed)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout} is not allowed; it must be at least 0 and below 1")
+    _check_companions(query, key.shape[1], bias, key_mask)
+    check_dropout(dropout, seed, query, "query")
     if scale is None:
         scale = query.shape[3] ** -0.5
     elif not math.isfinite(scale):
@@ -269,7 +260,6 @@ def _autograd(ctx, grad):
         gradients = _DIFFERENTIABLE.run_backward(
             grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, needs, ctx.backend
         )
-        gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, None, None, None, None, None)
 
 

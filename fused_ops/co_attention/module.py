@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.co_attention.op import co_attention
+from fused_ops.core.initialise import init_linear
 
 
 class CoAttention(nn.Module):
@@ -113,9 +114,3 @@ def align(
     to_local = owner.fuse_channel_conv(to_local.flatten(2)).transpose(1, 2)
     to_local = to_local.unflatten(2, (local.shape[2], local.shape[3]))
     return local + to_local, tokens + owner.fuse_channel_sa(to_global.flatten(2))
-
-
-def init_linear(module: nn.Linear) -> None:
-    """DS-Net's initialisation of its linear layers."""
-    nn.init.trunc_normal_(module.weight, std=0.02)
-    nn.init.zeros_(module.bias)

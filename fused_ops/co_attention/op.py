@@ -13,9 +13,10 @@ from torch import Tensor
 from fused_ops.co_attention import reference, triton
 from fused_ops.co_attention.cases import cases
 from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype, cast
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.checks import any_requires_grad, check_alike, check_direction, check_float
-from fused_ops.core.dropout import draw_seed
+from fused_ops.core.dropout import check_dropout, draw_seed
 
 # In the order of the operators' arguments and of all lists of gradients.
 INPUTS = ("local_query", "local_value", "global_key", "global_value", "local_key", "global_query")
@@ -110,12 +111,7 @@ def _check(tensors: dict[str, Tensor | None], seed: Tensor | None, dropout: floa
                 f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(tensors[like].shape)}, as {like}"
             )
         check_alike(name, tensor, query, "local_query")
-    if seed is not None and (tuple(seed.shape) != (2,) or seed.dtype != torch.int64):
-        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be int64 (2,): key and offset")
-    if seed is not None and seed.device != query.device:
-        raise ValueError(f"seed is on {seed.device}; it must be where local_query is, on {query.device}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout} is not allowed; it must be at least 0 and below 1")
+    check_dropout(dropout, seed, query, "local_query")
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not allowed; it must be finite")
 
@@ -173,13 +169,10 @@ def co_attention(
             strict=True,
         )
     )
-    device_type = local_query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64:
-                tensors[name] = tensor.to(dtype)
-        with torch.autocast(device_type, enabled=False):
+    dtype = autocast_dtype(local_query)
+    if dtype is not None:
+        tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
+        with torch.autocast(local_query.device.type, enabled=False):
             return co_attention(**tensors, scale=scale, dropout=dropout, seed=seed)
     if scale is None:
         scale = local_query.shape[-1] ** -0.5
@@ -331,7 +324,6 @@ def _autograd(ctx, local_grad, global_grad, *_):
         gradients = _DIFFERENTIABLE.run_backward(
             local_grad, global_grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, needs, ctx.backend
         )
-        gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, *(None,) * 5)
 
 

@@ -26,10 +26,15 @@ def check_map(name: str, x: Tensor) -> None:
     check_float(name, x)
 
 
+def check_device(name: str, tensor: Tensor | None, x: Tensor, x_name: str = "x") -> None:
+    """Raise ValueError unless ``tensor`` lies where ``x`` does; None passes."""
+    if tensor is not None and tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be where {x_name} is, on {x.device}")
+
+
 def check_companion(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
     """Raise unless a parameter lies where ``x`` does, in its dtype or float32."""
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be where {x_name} is, on {x.device}")
+    check_device(name, tensor, x, x_name)
     if tensor.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float32 or that of {x_name}, {x.dtype}")
 

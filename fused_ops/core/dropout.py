@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_ops.core.checks import check_device
+
 # Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -49,6 +51,15 @@ def dropout_keep(seed: Tensor, batch: int, heads: int, queries: int, keys: int, 
     words = philox(seed[0], c0, c1, c2, seed[1] & _WORD)
     bits = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., :keys] >> 1
     return (bits >= dropout_threshold(dropout)).view(batch, heads, queries, keys)
+
+
+def check_dropout(dropout: float, seed: Tensor | None, x: Tensor, x_name: str) -> None:
+    """Raise ValueError unless ``dropout`` is a probability below 1, and a given seed suits ``x``."""
+    if seed is not None and (tuple(seed.shape) != (2,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be int64 (2,): key and offset")
+    check_device("seed", seed, x, x_name)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} is not allowed; it must be at least 0 and below 1")
 
 
 def draw_seed(like: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ class DifferentiableOperator:
         """Define both operators; see :func:`define` for schemas, fakes and formulas.
 
         Args:
-            forward_schema, backward_schema: name tensors before everything else.
+            forward_schema, backward_schema: name tensors before everything else; the backward one ends with
+                ``bool[] needs, str backend``, where ``needs`` says which of its results are wanted.
             forward, backward: run the operators.
             setup_context: ``setup_context(ctx, inputs, output)`` keeps what ``autograd`` needs.
             autograd: ``autograd(ctx, *output_gradients)`` gives one gradient per input of forward.
@@ -171,11 +172,15 @@ class DifferentiableOperator:
             return self.forward(*inputs)
         return self._recorded(*inputs) if needs_grad else self._forward(*inputs)
 
-    def run_backward(self, *inputs: Any) -> Any:
-        """Call the backward operator; where gradients are recorded, the registered one, which refuses."""
-        if torch.is_grad_enabled() or not plain_eager(*inputs[: self._gradient_inputs]):
-            return self.backward(*inputs)
-        return self._backward(*inputs)
+    def run_backward(self, *inputs: Any) -> list[Tensor | None]:
+        """Call the backward operator; where gradients are recorded, the registered one, which refuses.
+
+        Returns:
+            Its results, None for those that are not wanted.
+        """
+        registered = torch.is_grad_enabled() or not plain_eager(*inputs[: self._gradient_inputs])
+        gradients = (self.backward if registered else self._backward)(*inputs)
+        return [gradient if need else None for gradient, need in zip(gradients, inputs[-2], strict=True)]
 
 
 def _name_of(schema: str) -> str:

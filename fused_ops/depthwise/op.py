@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype, cast
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import (
@@ -266,17 +267,15 @@ def depthwise_conv(
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         identity = residual is x
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
+        x = cast(x, dtype)
         if identity:
             residual = x
         elif residual is not None and residual.dtype != torch.float64:
             residual = residual.to(dtype)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return depthwise_conv(
                 x,
                 weight,
@@ -509,7 +508,6 @@ def _autograd(ctx, grad, *_):
             compute,
             ctx.backend,
         )
-        gradients = [gradient if need else None for gradient, need in zip(gradients, compute, strict=True)]
         if needs[5] and passes_through:
             gradients[5] = grad
     return (*gradients[:5], None, None, gradients[5], *(None,) * 12)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.checks import (
     any_requires_grad,
@@ -199,11 +200,6 @@ def pool_map(
     return _pool("pool_map", x, *names, channel_gate, gate, normalise)
 
 
-def _pool_map_flat(**arguments: Any) -> Tensor:
-    """:func:`pool_map` with its results in one tensor (B, values), as the registry has operators."""
-    return torch.cat([pooled.flatten(1) for pooled in pool_map(**arguments)], 1)
-
-
 def _poolings(name: str, given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str) or not given or len(set(given)) < len(given):
         raise ValueError(f"{name}={given!r} is not allowed; it must name some of {', '.join(POOLINGS)} once")
@@ -220,8 +216,7 @@ def _check_x(x: Tensor) -> None:
 
 def _suited(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """``others``, under autocast in the dtype of ``x``: gates come out of autocast's linear layers."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if autocast_dtype(x) is None:
         return others
     return tuple(
         other if other is None or not other.is_floating_point() else other.to(x.dtype) for other in others
@@ -356,7 +351,7 @@ def _pool_autograd(ctx, channels_grad, positions_grad, *_):
     gradients = _POOL.run_backward(
         channels_grad, positions_grad, x, channel_gate, *kept, *ctx.options, needs, ctx.backend
     )
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *rest)
+    return (*gradients, *rest)
 
 
 def _no_flops(*_, **__) -> int:
@@ -412,7 +407,7 @@ _POOL = library.DifferentiableOperator(
 for _name, _function, _cases in (
     ("pool_channels", pool_channels, channel_cases),
     ("pool_positions", pool_positions, position_cases),
-    ("pool_map", _pool_map_flat, map_cases),
+    ("pool_map", pool_map, map_cases),
 ):
     library.register(
         library.Operator(
@@ -542,13 +537,10 @@ def _scale_autograd(ctx, grad):
     if ctx.options[-1] == "none":
         wanted[4] = False
     if any(wanted):
-        gradients = list(_SCALE.run_backward(grad, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend))
-    if ctx.options[-1] == "none":
+        gradients = _SCALE.run_backward(grad, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)
+    if needs[4] and not wanted[4]:
         gradients[4] = grad
-    return (
-        *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)),
-        *(None,) * 4,
-    )
+    return (*gradients, *(None,) * 4)
 
 
 def scale_least_bytes(call: ScaleCall, direction: str) -> int:
@@ -688,7 +680,6 @@ def _context_autograd(ctx, grad, *_):
     gradients = (None, None)
     if any(needs):
         gradients = _CONTEXT.run_backward(grad, x, weight, *kept, needs, ctx.backend)
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, torch.zeros_like(bias) if ctx.needs_input_grad[2] else None, None, None)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype, cast
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import (
@@ -221,11 +222,10 @@ def hr_block(
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = cast(x, dtype)
+        with torch.autocast(x.device.type, enabled=False):
             return hr_block(
                 x,
                 high_weight,
@@ -378,7 +378,6 @@ def _autograd(ctx, grad, *_):
     low, *tensors = ctx.saved_tensors
     needs = [bool(needed) for needed in ctx.needs_input_grad[:_GRADIENTS]]
     gradients = _DIFFERENTIABLE.run_backward(grad, low, *tensors, *ctx.options, needs, ctx.backend)
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     return (*gradients, *(None,) * (inputs - _GRADIENTS))
 
 

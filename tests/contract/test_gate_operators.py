@@ -96,8 +96,8 @@ def oracle(operator: str, arguments: dict[str, Any]) -> Tensor:
     if operator == "pool_map":
         normalise = arguments.get("normalise", True)
         found = [pooled(x.flatten(2), name, normalise) for name in arguments["channels"]]
-        found += [pooled(x.movedim(1, -1).flatten(1, 2), name, normalise) for name in arguments["positions"]]
-        return torch.cat(found, 1)
+        per_position = [pooled(x.movedim(1, -1), name, normalise) for name in arguments["positions"]]
+        return torch.stack(found, 1), torch.stack(per_position, 1)
     values = x.flatten(2) if operator == "pool_channels" else x.movedim(1, -1)
     default = ("mean",) if operator == "pool_channels" else ("max", "mean")
     return torch.stack([pooled(values, name) for name in arguments.get("poolings", default)], 1)

@@ -15,8 +15,9 @@ from fused_ops.blocks.layout import (
     to_channels_last,
     tokens_to_map,
 )
-from fused_ops.co_attention.module import align, init_linear
+from fused_ops.co_attention.module import align
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.initialise import init_linear
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 
 _EPS = 1e-5
@@ -128,8 +129,7 @@ class DSBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim, eps=_EPS, **factory)
         self.mlp = _Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+            init_linear(module)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and statistics again, for instance after ``to_empty``.
@@ -139,8 +139,7 @@ class DSBlock(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+            init_linear(module)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim:
