@@ -305,6 +305,20 @@ def format_changes(rows: Sequence[dict[str, Any]]) -> str:
 PACKAGE = Path(library.__file__).resolve().parents[1]
 
 
+def _with_shared(files: list[Path]) -> list[Path]:
+    """``files`` and those of the core with Triton code that they import, directly or through one another."""
+    found = set(files)
+    waiting = list(files)
+    while waiting:
+        imported = re.findall(r"^from fused_ops\.core\.(\w+) import", waiting.pop().read_text(), re.MULTILINE)
+        for name in imported:
+            path = PACKAGE / "core" / f"{name}.py"
+            if path not in found and "triton_support" in path.read_text() + name:
+                found.add(path)
+                waiting.append(path)
+    return sorted(found)
+
+
 def source_digests() -> dict[str, str]:
     """``"<family> <backend>"`` -> digest of the files from which that family's kernels are compiled."""
     found: dict[str, list[Path]] = {}
@@ -312,14 +326,10 @@ def source_digests() -> dict[str, str]:
         folder = native.SOURCES / Path(unit.source).parts[0]
         files = [path for place in (folder, native.SOURCES / "common") for path in place.iterdir()]
         found[f"{folder.name} cuda"] = [path for path in files if path.suffix in (".cu", ".h")]
-    shared = [
-        PACKAGE / "core" / f"{name}.py"
-        for name in ("activations", "statistics", "triton_attention", "triton_support")
-    ]
     for name, operator in library.operators().items():
         folder = Path(sys.modules[operator.function.__module__].__file__).parent
         if files := list(folder.glob("triton*.py")):
-            found[f"{name} triton"] = files + shared
+            found[f"{name} triton"] = _with_shared(files)
     return {
         family: hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
         for family, files in found.items()

@@ -6,7 +6,9 @@ from fused_ops.blocks import DSBlock
 from fused_ops.co_attention import CoAttention
 from fused_ops.core.backends import BackendUnavailableError, backend
 from fused_ops.core.explain import explain
+from fused_ops.core.layer_norm import LayerNormState
 from fused_ops.depthwise import BatchNormState, DepthwiseConv2d, DepthwiseConvBNAct, depthwise_conv, fold
+from fused_ops.feed_forward import MLPBlock, mlp_block
 from fused_ops.gate import (
     context_pool,
     gate_scale,
@@ -27,6 +29,8 @@ __all__ = [
     "DepthwiseConv2d",
     "DepthwiseConvBNAct",
     "HRBlock",
+    "LayerNormState",
+    "MLPBlock",
     "Report",
     "SpatialReductionAttention",
     "accelerate",
@@ -38,6 +42,7 @@ __all__ = [
     "fold",
     "gate_scale",
     "hr_block",
+    "mlp_block",
     "pool_channels",
     "pool_map",
     "pool_positions",

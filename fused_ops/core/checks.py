@@ -68,10 +68,10 @@ def check_activation(activation: str) -> None:
     check_choice("activation", activation, tuple(FUNCTIONS))
 
 
-def check_norm(norm: BatchNormState, x: Tensor) -> None:
-    """Raise unless the state of a BatchNorm suits the channels of ``x`` (B, C, H, W)."""
+def check_norm(norm: BatchNormState, x: Tensor, channels: int) -> None:
+    """Raise unless the state of a BatchNorm suits the ``channels`` of ``x``."""
     for name in ("weight", "bias", "running_mean", "running_var"):
-        check_parameter(f"norm.{name}", getattr(norm, name), (x.shape[1],), "one per channel", x)
+        check_parameter(f"norm.{name}", getattr(norm, name), (channels,), "one per channel", x)
     if not norm.batch_stats and (norm.running_mean is None or norm.running_var is None):
         raise ValueError("norm has no running statistics, so batch_stats must be true")
 

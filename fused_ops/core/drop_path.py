@@ -44,5 +44,11 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return drop_path(x, self.drop_prob, self.training)
 
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What this call would multiply each image of ``x`` by, (B), the same draw; None for 1."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        return self(x.new_ones((x.shape[0],) + (1,) * (x.ndim - 1))).flatten()
+
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"

@@ -172,7 +172,7 @@ def checked_call(
     check_choice("norm_placement", norm_placement, ("pre", "post"))
     check_choice("residual_placement", residual_placement, ("before", "after"))
     if norm is not None:
-        check_norm(norm, x)
+        check_norm(norm, x, x.shape[1])
     batch_stats = norm is not None and norm.batch_stats
     running = norm is not None and not batch_stats
     identity = residual is x

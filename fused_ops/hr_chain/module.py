@@ -88,10 +88,7 @@ class HRBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = None
-        if self.training and self.drop_path.drop_prob > 0.0:
-            # What the stock module would multiply each image's branches by.
-            factors = self.drop_path(x.new_ones((x.shape[0], 1, 1, 1))).flatten()
+        factors = self.drop_path.factors(x)
         if not isinstance(self.lr_bn, nn.BatchNorm2d | nn.SyncBatchNorm):
             return self._stock(x, factors)
         return hr_block(

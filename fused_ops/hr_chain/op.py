@@ -150,7 +150,7 @@ def _checked_call(
     if drop_path is not None and drop_path.requires_grad:
         raise ValueError("drop_path requires grad; it is a random factor and gets no gradient")
     check_activation(activation)
-    check_norm(norm, x)
+    check_norm(norm, x, x.shape[1])
     call = HRChainCall(
         x,
         high_weight,

@@ -7,10 +7,10 @@ the full maps. Sums over the map are written per program and merged in a fixed o
 from __future__ import annotations
 
 from fused_ops.core.activations import activate, activation_gradient
+from fused_ops.core.triton_matrices import dot, vector, weight_chunk
 from fused_ops.core.triton_support import jit, tl
 from fused_ops.hr_chain.triton_tiles import (
     dense,
-    dot,
     inside,
     load_row,
     pointers,
@@ -18,8 +18,6 @@ from fused_ops.hr_chain.triton_tiles import (
     store_pair,
     taps,
     tile_pixels,
-    vector,
-    weight_chunk,
 )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fused_ops.core.activations import activate
+from fused_ops.core.triton_matrices import dot, vector, weight_chunk
 from fused_ops.core.triton_support import jit, tl
 from fused_ops.hr_chain.triton_tiles import (
     dense,
-    dot,
     inside,
     load_row,
     pointers,
@@ -14,8 +14,6 @@ from fused_ops.hr_chain.triton_tiles import (
     strided_convolution,
     taps,
     tile_pixels,
-    vector,
-    weight_chunk,
 )
 
 

@@ -1,4 +1,4 @@
-"""What the HR chain's Triton kernels share: tiles of a map, norm vectors, the strided convolution, products.
+"""What the HR chain's Triton kernels share: tiles of a map, filters, the strided convolution.
 
 A tile is TILE_H x TILE_W neighbouring pixels of the low-resolution map, as rows (M, BLOCK_C) of an (M =
 TILE_H TILE_W) x channels matrix. Low-resolution pixel (i, j) stands for the full-resolution pixels (2i + a,
@@ -11,20 +11,7 @@ them, load all rows at once, and run out of registers.
 
 from __future__ import annotations
 
-from fused_ops.core import environment
 from fused_ops.core.triton_support import jit, tl
-
-if environment.interpreting():
-    # The interpreter's product of bfloat16 operands is wrong; of their float32 values it is exact enough.
-    @jit
-    def dot(a, b, acc):
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-else:
-
-    @jit
-    def dot(a, b, acc):
-        """acc + a b, in float32; float32 operands are not cut to TensorFloat-32."""
-        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @jit
@@ -92,15 +79,6 @@ def store_pair(ptr, left, right, i, j, row, c, height, width, channels):
 
 
 @jit
-def vector(ptr, c, size, default):
-    """A vector (1, BLOCK) in float32; ``default`` where there is none, zero beyond its size."""
-    if ptr is not None:
-        return tl.load(ptr + c, mask=c < size, other=0.0).to(tl.float32)[None, :]
-    else:
-        return tl.full((1, c.shape[0]), default, tl.float32)
-
-
-@jit
 def taps(filter_ptr, row, c, channels):
     """One row of taps, three vectors (1, BLOCK_C), of a filter (3, 3, C); zero where there is no such row."""
     # A mask takes no scalars, so a row outside has no channels.
@@ -124,13 +102,6 @@ def strided_convolution(
         w0, w1, w2 = taps(filter_ptr, r, c, channels)
         total += x0 * w0 + x1 * w1 + x2 * w2
     return total.to(start.dtype.element_ty).to(tl.float32)
-
-
-@jit
-def weight_chunk(weight_ptr, rows, columns, row_count, column_count):
-    """Rows x columns of a row-major matrix (row_count, column_count), zero outside."""
-    ok = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    return tl.load(weight_ptr + rows[:, None] * column_count + columns[None, :], mask=ok, other=0.0)
 
 
 @jit

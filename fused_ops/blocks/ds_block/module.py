@@ -19,6 +19,7 @@ from fused_ops.co_attention.module import align
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
 from fused_ops.depthwise import BatchNormState, depthwise_conv
+from fused_ops.feed_forward.module import residual_mlp
 
 _EPS = 1e-5
 
@@ -45,9 +46,10 @@ class DSBlock(nn.Module):
     entry and once at the exit. The output layout follows the input's.
 
     Parameter names and shapes are those of SteveTsui/DS-Net (``MixBlock``) and PaddleClas. Both depthwise
-    convolutions run through :func:`fused_ops.depthwise.depthwise_conv`, which reads the parameters of the
-    submodules ``pos_embed``, ``conv``, ``norm_conv1`` and ``attn_down`` instead of calling them: hooks on
-    these four are not called, hooks on the block and on all other submodules are.
+    convolutions run through :func:`fused_ops.depthwise_conv`, the MLP with its norm and residual through
+    :func:`fused_ops.mlp_block`. They read the parameters of the submodules ``pos_embed``, ``conv``,
+    ``norm_conv1``, ``attn_down``, ``norm2`` and ``mlp`` instead of calling them: hooks on these are not
+    called, hooks on the block and on all other submodules are.
 
     Args:
         dim: channels of the map.
@@ -163,7 +165,7 @@ class DSBlock(nn.Module):
         # The order is local, global: the reverse of the split.
         z = torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
         x2 = x1 + self.drop_path(self.proj_drop(self.conv2(z)))
-        out = x2 + self.drop_path(self.mlp(self.norm2(x2)))
+        out = residual_mlp(x2, self.norm2, self.mlp, self.drop_path)
         return like_input(out, channels_last)
 
     def _local(self, x: Tensor) -> Tensor:

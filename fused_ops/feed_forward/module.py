@@ -1,0 +1,169 @@
+"""The feed-forward chain as a module, and on the stock modules of somebody else's block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_ops.core.activations import FUNCTIONS
+from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.checks import check_activation, check_choice
+from fused_ops.core.drop_path import DropPath
+from fused_ops.core.layer_norm import LayerNormState
+from fused_ops.feed_forward.op import mlp_block
+
+NORMS = ("layer", "batch", "none")
+# Where layers come from whose parameters say all that they do.
+_STOCK = ("torch.", "fused_ops.")
+
+
+def norm_state(norm: nn.Module | None) -> BatchNormState | LayerNormState | None:
+    """What ``mlp_block`` takes for a norm over channels; counts the batch, so call it once per forward.
+
+    Raises:
+        TypeError: ``norm`` is none of BatchNorm2d, SyncBatchNorm, LayerNorm over channels, Identity, None.
+    """
+    if norm is None or isinstance(norm, nn.Identity):
+        return None
+    if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
+        return LayerNormState.from_module(norm)
+    return BatchNormState.from_module(norm)
+
+
+def mlp_on_modules(
+    x: Tensor,
+    norm: nn.Module | None,
+    fc1: nn.Linear | nn.Conv2d,
+    fc2: nn.Linear | nn.Conv2d,
+    **options: Any,
+) -> Tensor:
+    """:func:`mlp_block` with the parameters of stock modules, which are read and not called.
+
+    Args:
+        x: tokens (B, ..., C), with 1x1 convolutions as ``fc1`` and ``fc2`` maps (B, C, H, W).
+        norm: BatchNorm, LayerNorm over channels, Identity or None.
+        options: further arguments of :func:`mlp_block`; a ``residual`` in the shape of ``x``.
+
+    Returns:
+        In the shape of ``x``.
+    """
+    weights = [layer.weight.flatten(1) for layer in (fc1, fc2)]
+    biases = {"fc1_bias": fc1.bias, "fc2_bias": fc2.bias}
+    is_map = isinstance(fc1, nn.Conv2d)
+    tokens = x.permute(0, 2, 3, 1) if is_map else x
+    if (residual := options.get("residual")) is not None and is_map:
+        options["residual"] = tokens if residual is x else residual.permute(0, 2, 3, 1)
+    out = mlp_block(tokens, *weights, norm_state(norm), **biases, **options)
+    return out.permute(0, 3, 1, 2) if is_map else out
+
+
+def residual_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: DropPath) -> Tensor:
+    """``x + drop_path(mlp(norm(x)))`` of a block, as one operator where its modules are stock ones.
+
+    Args:
+        x: tokens (B, ..., C), or maps (B, C, H, W) where ``mlp`` has 1x1 convolutions.
+        mlp: has ``fc1`` and ``fc2``, ``act`` between them, and ``drop`` after both.
+    """
+    layers = (mlp.fc1, mlp.fc2)
+    stock = all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers)
+    stock = stock and all(type(layer).__module__.startswith(_STOCK) for layer in layers)
+    stock = stock and isinstance(norm, nn.LayerNorm | nn.BatchNorm2d | nn.SyncBatchNorm)
+    stock = stock and type(mlp.act) is nn.GELU and not (mlp.drop.training and mlp.drop.p > 0.0)
+    if not stock:
+        return x + drop_path(mlp(norm(x)))
+    activation = "gelu" if mlp.act.approximate == "none" else "gelu_tanh"
+    factors = drop_path.factors(x)
+    return mlp_on_modules(x, norm, *layers, activation=activation, drop_path=factors, residual=x)
+
+
+class MLPBlock(nn.Module):
+    """``[x +] DropPath(gamma * fc2(act(fc1(norm(x)))))`` on tokens (B, ..., dim), as one operator.
+
+    The submodules ``norm``, ``fc1`` and ``fc2`` are stock modules that hold the parameters;
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` finds the norm. A norm of another kind that a converter
+    puts in its place runs the stock way, with everything else.
+
+    Args:
+        dim: channels C.
+        expansion: hidden width as a multiple of ``dim``.
+        norm: ``layer`` (over channels), ``batch`` (over all tokens) or ``none``.
+        activation: none, relu, relu6, silu, gelu (exact), gelu_tanh or hardswish.
+        layer_scale: initial value of ``gamma``, a factor per channel; None for no such parameter.
+        drop_path: probability that an image loses the branch in training.
+        shortcut: add ``x``.
+        bias: of both fully connected layers.
+        eps: of the norm; None for 1e-5 of a BatchNorm and 1e-6 of a LayerNorm.
+
+    Shapes: input (B, ..., dim); output the same. Maps as (B, H, W, dim).
+
+    Raises:
+        ValueError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion: float = 4,
+        *,
+        norm: str = "layer",
+        activation: str = "gelu",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        shortcut: bool = True,
+        bias: bool = True,
+        eps: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim={dim} is not allowed; it must be at least 1")
+        hidden_dim = int(dim * expansion)
+        if hidden_dim < 1:
+            raise ValueError(f"expansion={expansion} leaves no hidden unit of {dim} channels")
+        check_choice("norm", norm, NORMS)
+        check_activation(activation)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if norm == "batch":
+            self.norm = nn.BatchNorm2d(dim, eps=1e-5 if eps is None else eps, **factory)
+        elif norm == "layer":
+            self.norm = nn.LayerNorm(dim, eps=1e-6 if eps is None else eps, **factory)
+        else:
+            self.norm = nn.Identity()
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias, **factory)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias, **factory)
+        scaled = layer_scale is not None
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale, **factory)) if scaled else None
+        self.drop_path = DropPath(drop_path)
+        self.activation = activation
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.drop_path.factors(x)
+        if not isinstance(self.norm, nn.LayerNorm | nn.BatchNorm2d | nn.SyncBatchNorm | nn.Identity):
+            return self._stock(x, factors)
+        return mlp_on_modules(
+            x,
+            self.norm,
+            self.fc1,
+            self.fc2,
+            activation=self.activation,
+            layer_scale=self.gamma,
+            drop_path=factors,
+            residual=x if self.shortcut else None,
+        )
+
+    def _stock(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        # What a converter puts in the place of a BatchNorm2d takes channels first.
+        z = self.norm(x.movedim(-1, 1)).movedim(1, -1)
+        out = self.fc2(FUNCTIONS[self.activation](self.fc1(z)))
+        if self.gamma is not None:
+            out = out * self.gamma
+        if factors is not None:
+            out = out * factors.view(-1, *(1,) * (x.dim() - 1)).to(out.dtype)
+        return x + out if self.shortcut else out
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, shortcut={self.shortcut}"

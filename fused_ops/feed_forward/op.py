@@ -1,0 +1,466 @@
+"""The feed-forward operator: argument checks, choice of backend, torch operators, autograd, formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype
+from fused_ops.core.backends import Backend, choose, reference_can_run
+from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.checks import (
+    any_requires_grad,
+    check_activation,
+    check_alike,
+    check_direction,
+    check_float,
+    check_norm,
+    check_parameter,
+    check_values_per_channel,
+)
+from fused_ops.core.layer_norm import LayerNormState
+from fused_ops.feed_forward import reference, triton
+from fused_ops.feed_forward.cases import cases
+
+# Inputs of the torch operators that are tensors, in order; the first eight get gradients from the backward
+# operator, and the residual gets the result's.
+_TENSORS = (
+    "x",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+    "norm_weight",
+    "norm_bias",
+    "layer_scale",
+    "mean",
+    "var",
+    "residual",
+    "drop_path",
+)
+_GRADIENTS = 8
+_RESIDUAL = _TENSORS.index("residual")
+_COUNT = len(_TENSORS)
+
+
+@dataclass
+class FeedForwardCall:
+    """One checked call: what a backend's ``can_run`` and launchers see.
+
+    ``x`` and ``residual`` are (B, N, C). ``norm`` is none, batch or layer; ``mean`` and ``var`` are a
+    BatchNorm's running statistics when ``batch_stats`` is false, else None. ``identity``: the residual is
+    ``x``. ``compute`` is the dtype of both products.
+    """
+
+    x: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    layer_scale: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    residual: Tensor | None
+    drop_path: Tensor | None
+    norm: str
+    batch_stats: bool
+    eps: float
+    activation: str
+    identity: bool
+    compute: torch.dtype
+    group: str = ""
+    needs_grad: bool = False
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.x.dtype if self.identity or self.residual is not None else self.compute
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in _TENSORS)
+
+    def options(self) -> tuple[Any, ...]:
+        return (
+            self.norm,
+            self.batch_stats,
+            self.eps,
+            self.activation,
+            self.identity,
+            self.compute,
+            self.group,
+        )
+
+    def kind(self) -> dict[str, Any]:
+        """What measurements of one call say about another depends on, apart from sizes."""
+        channels = self.x.shape[-1]
+        return {
+            "training": self.needs_grad,
+            "dtype": str(self.x.dtype),
+            "compute": str(self.compute),
+            "expansion": round(self.fc1_weight.shape[0] / channels, 2) if channels else 0,
+            "activation": self.activation,
+            "norm": self.norm,
+            "batch_stats": self.batch_stats,
+            "residual": "input" if self.identity else "other" if self.residual is not None else "none",
+        }
+
+    def sizes(self) -> tuple[int, ...]:
+        """Channels and tokens of an image."""
+        return (self.x.shape[2], self.x.shape[1])
+
+    def __str__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        norm = {
+            "none": "no norm",
+            "layer": "LayerNorm",
+            "batch": f"BatchNorm with {'batch' if self.batch_stats else 'running'} statistics",
+        }[self.norm]
+        extras = {
+            "residual": self.identity or self.residual is not None,
+            "layer scale": self.layer_scale is not None,
+            "drop path": self.drop_path is not None,
+        }
+        return (
+            f"on {tuple(self.x.shape)} {dtype}, hidden width {self.fc1_weight.shape[0]}, {norm}, activation "
+            f"{self.activation}{''.join(f', {name}' for name, on in extras.items() if on)}"
+        )
+
+
+def _checked_call(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    norm: BatchNormState | LayerNormState | None,
+    fc1_bias: Tensor | None,
+    fc2_bias: Tensor | None,
+    activation: str,
+    layer_scale: Tensor | None,
+    drop_path: Tensor | None,
+    residual: Tensor | None,
+    compute: torch.dtype,
+) -> FeedForwardCall:
+    if x.dim() < 2:
+        raise ValueError(f"x has {x.dim()} dimension; it must be (B, ..., C)")
+    check_float("x", x)
+    batch, channels = x.shape[0], x.shape[-1]
+    if channels < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must have at least 1 channel")
+    if fc1_weight.dim() != 2 or fc1_weight.shape[0] < 1:
+        raise ValueError(f"fc1_weight has shape {tuple(fc1_weight.shape)}; it must be (hidden, {channels})")
+    hidden = fc1_weight.shape[0]
+    per_channel = "one per channel"
+    check_parameter(
+        "fc1_weight", fc1_weight, (hidden, channels), "from the channels of x to the hidden units", x
+    )
+    check_parameter(
+        "fc2_weight", fc2_weight, (channels, hidden), "from fc1's hidden units to the channels of x", x
+    )
+    check_parameter("fc1_bias", fc1_bias, (hidden,), "one per hidden unit", x)
+    check_parameter("fc2_bias", fc2_bias, (channels,), per_channel, x)
+    check_parameter("layer_scale", layer_scale, (channels,), per_channel, x)
+    check_parameter("drop_path", drop_path, (batch,), "one factor per image", x)
+    if drop_path is not None and drop_path.requires_grad:
+        raise ValueError("drop_path requires grad; it is a random factor and gets no gradient")
+    check_activation(activation)
+    kind, batch_stats = "none", False
+    if isinstance(norm, BatchNormState):
+        check_norm(norm, x, channels)
+        kind, batch_stats = "batch", norm.batch_stats
+    elif isinstance(norm, LayerNormState):
+        for name in ("weight", "bias"):
+            check_parameter(f"norm.{name}", getattr(norm, name), (channels,), per_channel, x)
+        kind = "layer"
+    elif norm is not None:
+        raise TypeError(
+            f"norm is a {type(norm).__name__}; it must be a BatchNormState, a LayerNormState or None"
+        )
+    running = kind == "batch" and not batch_stats
+    identity = residual is x
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}; it must be that of x, {tuple(x.shape)}"
+            )
+        check_alike("residual", residual, x)
+    tokens = x.numel() // (batch * channels) if batch else 0
+    call = FeedForwardCall(
+        x.reshape(batch, tokens, channels),
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        layer_scale,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        None if identity or residual is None else residual.reshape(batch, tokens, channels),
+        None if drop_path is None else drop_path.contiguous(),
+        kind,
+        batch_stats,
+        1e-5 if norm is None else norm.eps,
+        activation,
+        identity,
+        compute,
+        norm.group if batch_stats else "",
+    )
+    if batch_stats and not call.group:
+        check_values_per_channel((batch * tokens, channels, 1, 1))
+    call.needs_grad = any_requires_grad(*call.tensors()[:_GRADIENTS], residual)
+    return call
+
+
+def mlp_block(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    norm: BatchNormState | LayerNormState | None = None,
+    *,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Norm, two fully connected layers with an activation between them, and the residual, as one operator.
+
+    ``[residual +] drop_path * layer_scale * fc2(act(fc1(norm(x))))`` for every token. Neither the norm's
+    output nor the hidden values are ever in memory. Passing ``x`` itself as the residual is recognised, and
+    the kernels then read it once.
+
+    Under autocast the products are in its dtype and everything else in that of ``x``, which is not cast.
+    Float32 weights of fc1 and fc2 are rounded to the dtype of the products, all other parameters are used as
+    they are. In bfloat16 products, exact GELU is within 2.3e-4 of its value (bfloat16 rounds by 2e-3).
+
+    Args:
+        x: tokens (B, ..., C), maps as (B, H, W, C); any strides; float32, float16, bfloat16 or float64.
+        fc1_weight, fc2_weight: (hidden, C) and (C, hidden), as of ``torch.nn.Linear``; these and all other
+            parameters in the dtype of ``x`` or float32.
+        norm: state of a BatchNorm over all tokens (its running statistics are updated in place when it uses
+            the batch's) or of a LayerNorm over channels, see :meth:`fused_ops.BatchNormState.from_module` and
+            :meth:`fused_ops.LayerNormState.from_module`; None for none.
+        fc1_bias, fc2_bias: (hidden) and (C), or None.
+        activation: none, relu, relu6, silu, gelu (exact), gelu_tanh or hardswish.
+        layer_scale: factor per channel (C), or None for 1.
+        drop_path: factor per image (B), 0 or one over the probability to keep it; None for 1. Gets no
+            gradient.
+        residual: (B, ..., C) in the dtype of ``x``, or None.
+
+    Returns:
+        (B, ..., C) in the dtype of ``x``; without a residual in that of the products.
+
+    Raises:
+        ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
+        fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
+    """
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
+    call = _checked_call(
+        x,
+        fc1_weight,
+        fc2_weight,
+        norm,
+        fc1_bias,
+        fc2_bias,
+        activation,
+        layer_scale,
+        drop_path,
+        residual,
+        dtype or x.dtype,
+    )
+    backend = choose("feed_forward", BACKENDS, call)
+    if backend.name == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            out = _reference(call, norm)
+    else:
+        out, mean, _, unbiased = _DIFFERENTIABLE.run(
+            call.needs_grad, *call.tensors(), *call.options(), backend.name
+        )
+        if call.batch_stats:
+            norm.update_running(mean, unbiased)
+    return out.view(x.shape)
+
+
+def _reference(call: FeedForwardCall, norm: BatchNormState | LayerNormState | None) -> Tensor:
+    is_batch = call.norm == "batch"
+    return reference.feed_forward(
+        call.x,
+        call.fc1_weight,
+        call.fc2_weight,
+        call.fc1_bias,
+        call.fc2_bias,
+        call.norm_weight,
+        call.norm_bias,
+        call.layer_scale,
+        norm.running_mean if is_batch else None,
+        norm.running_var if is_batch else None,
+        call.x if call.identity else call.residual,
+        call.drop_path,
+        norm=call.norm,
+        batch_stats=call.batch_stats,
+        momentum=norm.momentum if is_batch else 0.0,
+        eps=call.eps,
+        activation=call.activation,
+        group=call.group,
+        compute=call.compute,
+    )
+
+
+_INPUTS = (
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? layer_scale, Tensor? mean, Tensor? var, "
+    "Tensor? residual, Tensor? drop_path"
+)
+_OPTIONS = (
+    "str norm, bool batch_stats, float eps, str activation, bool identity, ScalarType compute, str group"
+)
+_FORWARD_SCHEMA = (
+    f"feed_forward_forward({_INPUTS}, {_OPTIONS}, str backend) "
+    "-> (Tensor out, Tensor batch_mean, Tensor batch_var, Tensor unbiased_var)"
+)
+_BACKWARD_SCHEMA = (
+    f"feed_forward_backward(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[] needs, str backend) "
+    "-> (Tensor x_grad, Tensor fc1_weight_grad, Tensor fc1_bias_grad, Tensor fc2_weight_grad, "
+    "Tensor fc2_bias_grad, Tensor norm_weight_grad, Tensor norm_bias_grad, Tensor layer_scale_grad)"
+)
+
+
+def allocate_forward(call: FeedForwardCall) -> tuple[Tensor, ...]:
+    """Outputs of the forward operator: out, batch mean, var, unbiased var."""
+    out = torch.empty_like(call.x, dtype=call.out_dtype)
+    count = call.x.shape[-1] if call.batch_stats else 0
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    return out, *(torch.empty(count, dtype=dtype, device=call.x.device) for _ in range(3))
+
+
+def allocate_backward(call: FeedForwardCall, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients of the first eight tensors; absent where not needed."""
+    gradients = []
+    for name, source, needed in zip(_TENSORS, call.tensors(), needs, strict=False):
+        if not needed or source is None:
+            gradients.append(library.absent(call.x if source is None else source))
+        else:
+            # Like x, the result of empty_like is dense in the order of its strides; parameters are packed.
+            gradients.append(torch.empty_like(source) if name == "x" else library.empty(source.shape, source))
+    return tuple(gradients)
+
+
+def _forward(*inputs):
+    *arguments, backend = inputs
+    call = FeedForwardCall(*arguments)
+    return _BY_NAME[backend].forward(call, *allocate_forward(call))
+
+
+def _forward_fake(*inputs):
+    *arguments, _ = inputs
+    return allocate_forward(FeedForwardCall(*arguments))
+
+
+def _backward(grad, *inputs):
+    *arguments, needs, backend = inputs
+    call = FeedForwardCall(*arguments)
+    return _BY_NAME[backend].backward(call, grad, list(needs), *allocate_backward(call, needs))
+
+
+def _backward_fake(grad, *inputs):
+    *arguments, needs, _ = inputs
+    return allocate_backward(FeedForwardCall(*arguments), needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, options = inputs[:_COUNT], inputs[_COUNT:]
+    *ctx.options, ctx.backend = options
+    _, batch_mean, batch_var, unbiased = output
+    *parameters, mean, var, _, drop_path = tensors
+    if options[1]:
+        mean, var = batch_mean, batch_var
+    # Backward needs the residual's place, not its values.
+    ctx.save_for_backward(*parameters, mean, var, None, drop_path)
+    ctx.mark_non_differentiable(batch_mean, batch_var, unbiased)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, *_):
+    inputs = _COUNT + len(ctx.options) + 1
+    if grad is None:
+        return (None,) * inputs
+    needs = [bool(needed) for needed in ctx.needs_input_grad[:_GRADIENTS]]
+    gradients = [None] * _GRADIENTS
+    if any(needs):
+        gradients = _DIFFERENTIABLE.run_backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    result = [*gradients, *(None,) * (inputs - _GRADIENTS)]
+    if ctx.needs_input_grad[_RESIDUAL]:
+        result[_RESIDUAL] = grad
+    return tuple(result)
+
+
+def _product_flops(x_shape: tuple[int, ...], hidden: int) -> int:
+    batch, tokens, channels = x_shape
+    return 2 * batch * tokens * channels * hidden
+
+
+def _forward_flops(x_shape, fc1_shape, *_, out_shape=None, **__) -> int:
+    return 2 * _product_flops(x_shape, fc1_shape[0])
+
+
+def _backward_flops(grad_shape, *arguments, out_shape=None, **__) -> int:
+    needs = dict(zip(_TENSORS, arguments[-2], strict=False))
+    to_input = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    to_hidden = to_input or needs["fc1_weight"] or needs["fc1_bias"]
+    fc2 = needs["fc2_weight"] or needs["layer_scale"]
+    products = sum(map(bool, (to_input, to_hidden, needs["fc1_weight"], fc2)))
+    return products * _product_flops(grad_shape, arguments[1][0])
+
+
+def least_bytes(call: FeedForwardCall, direction: str) -> int:
+    """Bytes that have to move through memory, whatever the kernels; parameters and their sums left out.
+
+    Forward: x and a residual of its own are read and the result written; batch statistics read x once more.
+    Backward, with all gradients: x and the gradient are read once for the gradients of the weights, and once
+    more for that of x, which is written: one program cannot hold all weights' gradients and a tile of x.
+    """
+    check_direction(direction)
+    x = call.x.element_size() * call.x.numel()
+    out = call.out_dtype.itemsize * call.x.numel()
+    if direction == "forward":
+        return (1 + call.batch_stats + (call.residual is not None)) * x + out
+    return 3 * x + 2 * out
+
+
+BACKENDS = (
+    Backend("triton", triton.can_run, triton.forward, triton.backward, tiles=triton.tiles),
+    Backend("reference", reference_can_run),
+)
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+_DIFFERENTIABLE = library.DifferentiableOperator(
+    _FORWARD_SCHEMA,
+    _BACKWARD_SCHEMA,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    forward_flops=_forward_flops,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    backward_flops=_backward_flops,
+    setup_context=_setup_context,
+    autograd=_autograd,
+    once_differentiable="has no derivative of its own; for second derivatives run mlp_block inside "
+    'fused_ops.backend("reference")',
+)
+OPERATOR = library.register(
+    library.Operator(
+        "feed_forward",
+        mlp_block,
+        BACKENDS,
+        cases,
+        least_bytes,
+        _DIFFERENTIABLE.overloads,
+        triton.launch_count,
+        matrix_products=True,
+    )
+)
