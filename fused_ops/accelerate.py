@@ -2,7 +2,8 @@
 
 What is exchanged keeps its place. A depthwise convolution, the norm and the activation after it stay the same
 module objects with the same parameters, buffers and names; only their classes change, to subclasses of their
-own: the convolution computes the whole chain in one operator, the other two hand their input through. A
+own: the convolution computes the whole chain in one operator, the other two hand their input through. So do
+the modules of an MLP, whose first layer computes the norm before it and all that follows. A
 squeeze-and-excitation module pools and scales by operators, and calls its own layers in between. So
 optimizers, checkpoints, EMA copies, DistributedDataParallel and weight sharing notice nothing.
 
@@ -38,6 +39,9 @@ from fused_ops.depthwise.op import (
     depthwise_conv,
     least_bytes,
 )
+from fused_ops.feed_forward import op as feed_forward
+from fused_ops.feed_forward.module import mlp_on_modules, norm_state
+from fused_ops.feed_forward.triton import LARGEST_CHANNELS
 from fused_ops.gate import gate_scale, pool_channels
 
 # Attribute, outside of parameters, buffers and submodules, by which an exchanged module knows its chain.
@@ -47,9 +51,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN_HOOKS = ("fused_ops.core.explain", __name__)
 
 _TIMM_NORM_ACT = "timm.layers.norm_act."
-_BATCH_NORMS = {
+_PLAIN_BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm2d",
     "torch.nn.modules.batchnorm.SyncBatchNorm",
+}
+_BATCH_NORMS = _PLAIN_BATCH_NORMS | {
     _TIMM_NORM_ACT + "BatchNormAct2d",
     _TIMM_NORM_ACT + "SyncBatchNormAct",
 }
@@ -90,6 +96,11 @@ _GATES = {
 }
 
 
+# LayerNorm over the last dimension of tokens, and over the channels of maps.
+_TOKEN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
+_MAP_NORMS = {"timm.layers.norm.LayerNorm2d", "torchvision.models.convnext.LayerNorm2d"}
+
+
 def _stock_type(module: nn.Module) -> type[nn.Module]:
     return module._stock if isinstance(module, _Exchanged) else type(module)
 
@@ -127,11 +138,12 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class _Chain:
-    """A convolution and what follows it, found from an ancestor that holds them all.
+    """Modules that one operator computes, found from an ancestor that holds them all.
 
     Attributes:
         ancestor: the module that the paths begin at; None in a copy of a part that left it behind.
-        paths: of the convolution, the norm and the activation, as attribute names; None for what there isn't.
+        paths: of the module that computes, the norm and the activation, and of an MLP its second layer and
+            dropouts, as attribute names; None for what there isn't.
         activation: name of the activation that the operator computes.
         frozen: the norm has buffers where others have parameters, and never uses the batch's statistics.
     """
@@ -154,7 +166,7 @@ class _Chain:
         return _Chain(memo.get(id(self.ancestor)), self.paths, self.activation, self.frozen)
 
     def members(self) -> tuple[nn.Module | None, ...] | None:
-        """Convolution, norm and activation; None unless every one is in its place and belongs here."""
+        """The modules of ``paths``; None unless every one is in its place and belongs here."""
         if self.ancestor is None:
             return None
         found: list[nn.Module | None] = []
@@ -187,6 +199,8 @@ def _active(caller: nn.Module, role: int) -> tuple[nn.Module | None, ...] | None
     for module in members:
         if module is not None and _hooked(module):
             return None
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0.0:
+            return None
     if chain.frozen and torch.is_autocast_enabled(members[1].running_mean.device.type):
         # There torchvision's norm returns float32, whatever the convolution gave it.
         return None
@@ -199,8 +213,8 @@ def _is_linked(module: nn.Module) -> bool:
     return members is not None and members[module._role] is module
 
 
-def _new_instance(stock: type[nn.Module], role: int) -> nn.Module:
-    cls = _exchanged_class(stock, role)
+def _new_instance(stock: type[nn.Module], mixin: type[_Exchanged], role: int) -> nn.Module:
+    cls = _exchanged_class(stock, mixin, role)
     return cls.__new__(cls)
 
 
@@ -208,11 +222,12 @@ class _Exchanged:
     """Put before a module's own class, whose ``forward`` stays the way out."""
 
     _stock: type[nn.Module]
+    _mixin: type[_Exchanged]
     _role: int
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # The class is made at run time, so that copy and pickle must make it again.
-        return (_new_instance, (self._stock, self._role), *super().__reduce_ex__(protocol)[2:])
+        return (_new_instance, (self._stock, self._mixin, self._role), *super().__reduce_ex__(protocol)[2:])
 
 
 class _Convolution(_Exchanged):
@@ -222,11 +237,7 @@ class _Convolution(_Exchanged):
             return super().forward(x)
         _, norm, activation = members
         if x.dim() != 4 or x.dtype not in FLOAT_TYPES:
-            # The modules after this one hand through what they get, so that their work is done here.
-            x = super().forward(x)
-            for module in (norm, activation):
-                x = x if module is None else module._stock.forward(module, x)
-            return x
+            return _run_stock((self, norm, activation), x)
         chain = getattr(self, _ATTRIBUTE)
         state = None
         if norm is not None:
@@ -243,9 +254,30 @@ class _Convolution(_Exchanged):
         )
 
 
-class _Norm(_Exchanged):
+def _run_stock(modules: Sequence[nn.Module | None], x: Tensor) -> Tensor:
+    """The stock work of a chain whose other modules hand through what they get."""
+    for module in modules:
+        x = x if module is None else module._stock.forward(module, x)
+    return x
+
+
+class _FirstLayer(_Exchanged):
+    """Of an MLP: computes the norm before it and everything up to the second layer."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return x if _active(self, 1) is not None else super().forward(x)
+        members = _active(self, 0)
+        if members is None:
+            return super().forward(x)
+        _, norm, activation, fc2, *dropouts = members
+        suited = x.dim() == 4 if isinstance(self, nn.Conv2d) else x.dim() > 1
+        if not suited or x.dtype not in FLOAT_TYPES:
+            return _run_stock((norm, self, activation, *dropouts, fc2), x)
+        return mlp_on_modules(x, norm, self, fc2, activation=getattr(self, _ATTRIBUTE).activation)
+
+
+class _HandsThrough(_Exchanged):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if _active(self, self._role) is not None else super().forward(x)
 
 
 class _NormAct(_Exchanged):
@@ -254,11 +286,6 @@ class _NormAct(_Exchanged):
         if members is None:
             return super().forward(x)
         return x if members[2] is self.act else self.act(self.drop(x))
-
-
-class _Activation(_Exchanged):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if _active(self, 2) is not None else super().forward(x)
 
 
 class _SqueezeExcite(_Exchanged):
@@ -282,20 +309,21 @@ def _frozen_state(norm: nn.Module) -> BatchNormState:
 
 
 @cache
-def _exchanged_class(stock: type[nn.Module], role: int) -> type[nn.Module]:
-    mixin = (_Convolution, _Norm, _Activation)[role]
-    if f"{stock.__module__}.".startswith(_TIMM_NORM_ACT) and role == 1:
-        mixin = _NormAct
+def _exchanged_class(stock: type[nn.Module], mixin: type[_Exchanged], role: int) -> type[nn.Module]:
     # The stock class's module, since tracers tell by it which modules to leave whole.
-    body = {"_stock": stock, "_role": role, "__module__": stock.__module__, "__doc__": stock.__doc__}
-    layout = _CHANNEL_GATES.get(f"{stock.__module__}.{stock.__qualname__}")
-    if layout is not None:
-        mixin, body["_layout"] = _SqueezeExcite, layout
+    names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+    body = {"_stock": stock, "_mixin": mixin, "_role": role, **names}
+    if mixin is _SqueezeExcite:
+        body["_layout"] = _CHANNEL_GATES[f"{stock.__module__}.{stock.__qualname__}"]
     return type(f"Accelerated{stock.__name__}", (mixin, stock), body)
 
 
 # What the rows of a report are about.
-KINDS = {"depthwise": "depthwise convolutions", "squeeze_excite": "squeeze-and-excitation modules"}
+KINDS = {
+    "depthwise": "depthwise convolutions",
+    "mlp": "MLPs",
+    "squeeze_excite": "squeeze-and-excitation modules",
+}
 
 
 @dataclass(frozen=True)
@@ -303,8 +331,9 @@ class Row:
     """What was decided about one module.
 
     Attributes:
-        module: dotted name of the convolution, or of the squeeze-and-excitation module.
-        kind: depthwise or squeeze_excite.
+        module: dotted name of the convolution, of an MLP's first layer, or of the squeeze-and-excitation
+            module.
+        kind: depthwise, mlp or squeeze_excite.
         pattern: what stands there.
         exchanged: whether it is computed by a fused operator now (with ``dry_run``: would be).
         reason: why not, or what else stays outside of the operator and why.
@@ -368,7 +397,8 @@ class Report:
             rows = [row for row in self.results if row.kind == kind]
             if rows:
                 counts.append(f"{sum(row.exchanged for row in rows)} of {len(rows)} {words}")
-        text = f"{', '.join(counts)} exchanged" if counts else f"no {' or '.join(KINDS.values())}"
+        *others, last = KINDS.values()
+        text = f"{', '.join(counts)} exchanged" if counts else f"no {', '.join(others)} or {last}"
         if self.saved_bytes is not None:
             text += f", {self.saved_bytes / 1e6:.1f} MB of memory traffic saved per step (expected)"
         return f"{text}. {self.note}" if self.note else text
@@ -385,14 +415,15 @@ class Report:
 
 @dataclass
 class _Plan:
-    """What could be exchanged at one convolution, or other module that a family begins with."""
+    """What could be exchanged at one module, which then computes for all ``members``."""
 
-    family: type[_Depthwise] | type[_SqueezeExcites]
+    family: type[_Family]
     name: str
-    conv: nn.Module
+    module: nn.Module
     pattern: str = ""
     norm: nn.Module | None = None
     activation: nn.Module | None = None
+    others: tuple[nn.Module, ...] = ()
     operation: str = "none"
     declined: str = ""
     remark: str = ""
@@ -400,7 +431,32 @@ class _Plan:
 
     @property
     def members(self) -> tuple[nn.Module | None, ...]:
-        return (self.conv, self.norm, self.activation)
+        return (self.module, self.norm, self.activation, *self.others)
+
+
+class _Family:
+    """Modules that are exchanged alike.
+
+    Attributes:
+        kind: what the rows of a report say.
+    """
+
+    kind: str
+
+    @staticmethod
+    def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
+        """What there is in ``model``; adds the ids of the modules that it takes to ``claimed``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mixin(role: int, module: nn.Module) -> type[_Exchanged]:
+        """What the member in place ``role`` becomes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Bytes of a call of the exchanged module: in separate passes, and fused."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -432,6 +488,12 @@ class _Flow:
         certain = all(call.consumer is following for call in calls)
         certain = certain and all(call.producer is module for call in self.calls[id(following)])
         return following if certain else None
+
+    def leader(self, module: nn.Module) -> nn.Module | None:
+        """The module whose :meth:`follower` is ``module``."""
+        calls = self.calls.get(id(module), [])
+        leading = calls[0].producer if calls else None
+        return leading if leading is not None and self.follower(leading) is module else None
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -734,7 +796,7 @@ def _conv_obstacle(conv: nn.Conv2d) -> str:
 
 
 def _describe(plan: _Plan) -> str:
-    conv = plan.conv
+    conv = plan.module
     kernel = "x".join(map(str, conv.kernel_size))
     stride = "" if set(conv.stride) == {1} else f" stride {'x'.join(map(str, conv.stride))}"
     parts = [f"depthwise {kernel}{stride}{'' if conv.bias is None else ' + bias'}"]
@@ -745,10 +807,16 @@ def _describe(plan: _Plan) -> str:
     return " -> ".join(parts)
 
 
-class _Depthwise:
+class _Depthwise(_Family):
     """Depthwise convolutions, alone or with the norm and the activation after them."""
 
     kind = "depthwise"
+
+    @staticmethod
+    def mixin(role: int, module: nn.Module) -> type[_Exchanged]:
+        if role == 0:
+            return _Convolution
+        return _NormAct if role == 1 and _holds_activation(module) else _HandsThrough
 
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
@@ -783,7 +851,6 @@ class _Depthwise:
 
     @staticmethod
     def weigh(conv: nn.Module, x: Tensor) -> tuple[int, int]:
-        """Bytes of a call of the exchanged convolution: in separate passes, and fused."""
         chain = getattr(conv, _ATTRIBUTE)
         _, norm, _ = chain.members()
         state = None
@@ -801,10 +868,14 @@ class _Depthwise:
         )
 
 
-class _SqueezeExcites:
+class _SqueezeExcites(_Family):
     """Modules that scale every channel by what a small network makes of all channels' means."""
 
     kind = "squeeze_excite"
+
+    @staticmethod
+    def mixin(role: int, module: nn.Module) -> type[_Exchanged]:
+        return _SqueezeExcite
 
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
@@ -843,18 +914,153 @@ class _SqueezeExcites:
         return 3 * size, 3 * size
 
 
+class _Mlps(_Family):
+    """Two fully connected layers with an activation between them, and the norm before them."""
+
+    kind = "mlp"
+
+    @staticmethod
+    def mixin(role: int, module: nn.Module) -> type[_Exchanged]:
+        return _FirstLayer if role == 0 else _HandsThrough
+
+    @staticmethod
+    def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
+        fused = {id(inner) for module in model.modules() if _is_ours(module) for inner in module.modules()}
+        plans = []
+        for name, fc1 in model.named_modules():
+            if not _is_layer(fc1) or id(fc1) in claimed or id(fc1) in fused:
+                continue
+            plan = _Plan(_Mlps, name, fc1)
+            chain = fc1.__dict__.get(_ATTRIBUTE)
+            if chain is not None:
+                _, plan.norm, plan.activation, *others = chain.members()
+                plan.others, plan.operation, plan.already = tuple(others), chain.activation, True
+                plan.remark = "exchanged before"
+            elif not _complete_mlp(plan, flow, claimed):
+                continue
+            else:
+                plan.declined = _mlp_obstacle(plan)
+                if not plan.declined:
+                    plan.norm, plan.remark = _norm_before(fc1, flow, claimed)
+            claimed.update(id(module) for module in plan.members if module is not None)
+            widths = (_width_in(fc1), _width_out(fc1), _width_in(fc1))
+            norm = "" if plan.norm is None else f"{_stock_type(plan.norm).__name__.removesuffix('2d')} -> "
+            plan.pattern = f"{norm}MLP {'-'.join(map(str, widths))} {plan.operation}"
+            plans.append(plan)
+        return plans
+
+    @staticmethod
+    def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Bytes of a call; parameters are left out.
+
+        In separate passes, forward: the norm and both layers read and write, the activation too, on the
+        hidden map. Backward: each layer's two gradients, the activation's (3), the norm's (3).
+        """
+        _, norm, _, fc2, *_ = getattr(module, _ATTRIBUTE).members()
+        tokens = x.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else x
+        state = norm_state(norm) if isinstance(norm, nn.LayerNorm) else None
+        if norm is not None and state is None:
+            state = _frozen_state(norm)._replace(batch_stats=norm.training or norm.running_mean is None)
+        call = feed_forward.checked_call(
+            tokens, module.weight.flatten(1), fc2.weight.flatten(1), state, module.bias, fc2.bias
+        )
+        size = x.element_size() * x.numel()
+        hidden = size * _width_out(module) // _width_in(module)
+        stock = 2 * size + 4 * hidden + (norm is not None) * 2 * size
+        if not call.needs_grad:
+            return stock, feed_forward.least_bytes(call, "forward")
+        stock += 4 * size + 7 * hidden + (norm is not None) * 3 * size
+        return stock, sum(feed_forward.least_bytes(call, way) for way in ("forward", "backward"))
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    """Whether a module is fully connected over channels: of tokens, or of maps."""
+    if module is None:
+        return False
+    if _stock_type(module) is nn.Linear:
+        return True
+    plain = _stock_type(module) is nn.Conv2d and module.groups == 1 and module.padding in ((0, 0), "valid")
+    return plain and set(module.kernel_size) == {1} and set(module.stride) == {1}
+
+
+def _width_in(layer: nn.Module) -> int:
+    return layer.weight.shape[1]
+
+
+def _width_out(layer: nn.Module) -> int:
+    return layer.weight.shape[0]
+
+
+def _complete_mlp(plan: _Plan, flow: _Flow, claimed: set[int]) -> bool:
+    """Whether an activation and a second layer, back to the same width, certainly follow; notes them."""
+    fc1, dropouts = plan.module, []
+    activation = flow.follower(fc1)
+    while type(activation) is nn.Identity:
+        activation = flow.follower(activation)
+    plan.operation = _activation_of(activation) or "none"
+    if plan.operation == "none" or id(activation) in claimed:
+        return False
+    fc2 = flow.follower(activation)
+    while type(fc2) in (nn.Identity, nn.Dropout):
+        dropouts += [fc2] if type(fc2) is nn.Dropout else []
+        fc2 = flow.follower(fc2)
+    if not _is_layer(fc2) or _stock_type(fc2) is not _stock_type(fc1) or id(fc2) in claimed:
+        return False
+    # Networks that narrow first are gates: their inputs are pooled maps.
+    widths = (_width_in(fc1), _width_out(fc1))
+    if widths != (_width_out(fc2), _width_in(fc2)) or widths[0] > widths[1]:
+        return False
+    plan.activation, plan.others = activation, (fc2, *dropouts)
+    return True
+
+
+def _mlp_obstacle(plan: _Plan) -> str:
+    """Why the operator cannot stand for an MLP; empty if it can."""
+    channels = _width_in(plan.module)
+    if channels > LARGEST_CHANNELS:
+        return f"{channels} channels; the kernels are for up to {LARGEST_CHANNELS}"
+    layers = (plan.module, plan.others[0])
+    if any("forward" in layer.__dict__ for layer in layers):
+        return "a layer has a forward of its own"
+    if any(layer.weight.dtype not in FLOAT_TYPES for layer in layers):
+        return f"parameters are {plan.module.weight.dtype}"
+    if any(_hooked(module) for module in plan.members if module is not None):
+        return "has hooks, which would see the whole chain's output"
+    return ""
+
+
+def _norm_before(fc1: nn.Module, flow: _Flow, claimed: set[int]) -> tuple[nn.Module | None, str]:
+    """The norm whose output certainly goes to ``fc1`` alone, or why it stays outside."""
+    norm = flow.leader(fc1)
+    name = "" if norm is None else _type_name(norm)
+    is_map = isinstance(fc1, nn.Conv2d)
+    known = name in (_MAP_NORMS if is_map else _TOKEN_NORMS)
+    if is_map and name in (
+        "torch.nn.modules.batchnorm.BatchNorm2d",
+        "torch.nn.modules.batchnorm.SyncBatchNorm",
+    ):
+        known = True
+    elif known:
+        known = tuple(norm.normalized_shape) == (_width_in(fc1),)
+    if not known or "forward" in norm.__dict__ or id(norm) in claimed:
+        return None, ""
+    if _hooked(norm):
+        return None, "its norm has hooks, and stays outside"
+    return norm, ""
+
+
 # Further families are added here: each makes plans from the data flow and what others have claimed.
-_FAMILIES = (_Depthwise, _SqueezeExcites)
+_FAMILIES = (_Depthwise, _SqueezeExcites, _Mlps)
 
 
 def _extend(plan: _Plan, flow: _Flow, claimed: set[int], owners: dict[int, int]) -> None:
     """Add the norm and the activation that certainly follow, or a remark on why not."""
-    last = plan.conv
+    last = plan.module
     following = flow.follower(last)
-    if following is None and id(plan.conv) in flow.unknown:
+    if following is None and id(plan.module) in flow.unknown:
         plan.remark = "alone: what follows it cannot be traced"
     if _is_norm(following):
-        remark = _norm_obstacle(plan.conv, following, claimed)
+        remark = _norm_obstacle(plan.module, following, claimed)
         if remark:
             plan.remark = f"alone: {remark}"
             return
@@ -905,19 +1111,19 @@ def _put_in(model: nn.Module, plan: _Plan, names: dict[int, str]) -> None:
     if len(given) > 1:
         while len({path[common] for path in paths}) == 1:
             common += 1
-    ancestor = plan.conv if len(given) == 1 else model.get_submodule(".".join(paths[0][:common]))
+    ancestor = plan.module if len(given) == 1 else model.get_submodule(".".join(paths[0][:common]))
     frozen = plan.norm is not None and _type_name(plan.norm) in _FROZEN_NORMS
     tails = iter(tuple(path[common:]) for path in paths)
     located = tuple(None if module is None else next(tails) for module in plan.members)
     chain = _Chain(ancestor, located, plan.operation, frozen)
     for role, module in enumerate(plan.members):
         if module is not None:
-            module.__class__ = _exchanged_class(type(module), role)
+            module.__class__ = _exchanged_class(type(module), plan.family.mixin(role, module), role)
             module.__dict__[_ATTRIBUTE] = chain
 
 
 def _take_out(module: nn.Module) -> None:
-    if type(module) is _exchanged_class(module._stock, module._role):
+    if type(module) is _exchanged_class(module._stock, module._mixin, module._role):
         module.__class__ = module._stock
     module.__dict__.pop(_ATTRIBUTE, None)
 
@@ -984,7 +1190,7 @@ def _weigh(
 
         return hook
 
-    handles = [plan.conv.register_forward_pre_hook(observe(plan)) for plan in plans]
+    handles = [plan.module.register_forward_pre_hook(observe(plan)) for plan in plans]
     try:
         choices = explain(model, *arguments).choices
     finally:
@@ -1010,6 +1216,8 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
     Exchanged are depthwise convolutions together with the BatchNorm and the activation that certainly follow
     them: the convolution's output goes nowhere but into the norm, the norm's nowhere but into the activation,
     in training and in evaluation mode. Where that cannot be seen, the convolution is exchanged alone.
+    MLPs of narrow tokens or maps (two layers, Linear or 1x1 convolutions, and the activation between them)
+    are exchanged together with the LayerNorm or BatchNorm that certainly comes before them.
     Squeeze-and-excitation modules of timm and torchvision pool and scale by operators.
     Parameters, buffers, names and module objects stay as they are. A chain with a hook on one of its modules
     runs as stock modules for as long as the hook is there.
@@ -1025,7 +1233,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
             was measured faster, or no kernel can run it) is not exchanged. Nothing is computed.
 
     Returns:
-        A row per depthwise convolution and squeeze-and-excitation module: exchanged or not, and why.
+        A row per depthwise convolution, MLP and squeeze-and-excitation module: exchanged or not, and why.
     """
     model = _unwrapped(model)
     for module in list(model.modules()):

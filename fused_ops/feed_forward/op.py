@@ -131,19 +131,20 @@ class FeedForwardCall:
         )
 
 
-def _checked_call(
+def checked_call(
     x: Tensor,
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     norm: BatchNormState | LayerNormState | None,
-    fc1_bias: Tensor | None,
-    fc2_bias: Tensor | None,
-    activation: str,
-    layer_scale: Tensor | None,
-    drop_path: Tensor | None,
-    residual: Tensor | None,
-    compute: torch.dtype,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    residual: Tensor | None = None,
+    compute: torch.dtype | None = None,
 ) -> FeedForwardCall:
+    """What a call of :func:`mlp_block` with these arguments is; ``compute``: the dtype of the products."""
     if x.dim() < 2:
         raise ValueError(f"x has {x.dim()} dimension; it must be (B, ..., C)")
     check_float("x", x)
@@ -206,7 +207,7 @@ def _checked_call(
         1e-5 if norm is None else norm.eps,
         activation,
         identity,
-        compute,
+        x.dtype if compute is None else compute,
         norm.group if batch_stats else "",
     )
     if batch_stats and not call.group:
@@ -260,7 +261,7 @@ def mlp_block(
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
-    call = _checked_call(
+    call = checked_call(
         x,
         fc1_weight,
         fc2_weight,
@@ -271,7 +272,7 @@ def mlp_block(
         layer_scale,
         drop_path,
         residual,
-        dtype or x.dtype,
+        dtype,
     )
     backend = choose("feed_forward", BACKENDS, call)
     if backend.name == "reference":

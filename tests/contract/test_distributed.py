@@ -19,11 +19,23 @@ import fused_ops
 SPLITS = ((2, 3), (5, 0), (0, 4))
 
 
+class MapMLP(nn.Module):
+    """A feed-forward chain with a BatchNorm, on maps."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.block = fused_ops.MLPBlock(dim, 2, norm="batch")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def module() -> nn.Module:
     torch.manual_seed(11)
     return nn.Sequential(
         fused_ops.DepthwiseConvBNAct(4, activation="silu", residual_placement="before"),
         fused_ops.DepthwiseConvBNAct(4, bias=True, activation="none", momentum=None),
+        MapMLP(4),
     )
 
 
@@ -107,5 +119,6 @@ def test_one_process_needs_no_group():
 
 def test_converter_finds_the_norm():
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(module())
-    assert all(isinstance(block.bn, nn.SyncBatchNorm) for block in converted)
+    norms = [converted[0].bn, converted[1].bn, converted[2].block.norm]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert list(converted.state_dict()) == list(module().state_dict())
