@@ -18,6 +18,7 @@ from fused_ops.gate import (
     squeeze_excite,
 )
 from fused_ops.hr_chain import HRBlock, hr_block
+from fused_ops.resample import resample_map
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "pool_channels",
     "pool_map",
     "pool_positions",
+    "resample_map",
     "restore",
     "squeeze_excite",
 ]

@@ -41,7 +41,7 @@ from fused_ops.depthwise.op import (
 )
 from fused_ops.feed_forward import op as feed_forward
 from fused_ops.feed_forward.module import mlp_on_modules, norm_state
-from fused_ops.feed_forward.triton import LARGEST_CHANNELS
+from fused_ops.feed_forward.triton import LARGEST_NARROW
 from fused_ops.gate import gate_scale, pool_channels
 
 # Attribute, outside of parameters, buffers and submodules, by which an exchanged module knows its chain.
@@ -1017,8 +1017,9 @@ def _complete_mlp(plan: _Plan, flow: _Flow, claimed: set[int]) -> bool:
 def _mlp_obstacle(plan: _Plan) -> str:
     """Why the operator cannot stand for an MLP; empty if it can."""
     channels = _width_in(plan.module)
-    if channels > LARGEST_CHANNELS:
-        return f"{channels} channels; the kernels are for up to {LARGEST_CHANNELS}"
+    if channels > LARGEST_NARROW:
+        # The operator would save memory there, but no time.
+        return f"{channels} channels; up to {LARGEST_NARROW}, hidden values stay on chip"
     layers = (plan.module, plan.others[0])
     if any("forward" in layer.__dict__ for layer in layers):
         return "a layer has a forward of its own"

@@ -10,16 +10,26 @@ import collections
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fused_ops.core.explain import explain
-from fused_ops.models import timm_systems
-from fused_ops.models.registry import System, create_model, find_system, model_table
+from fused_ops.models.registry import System, create_model, find_system, model_table, preset_of
 
-COLUMNS = ("name", "system", "params", "MACs", "input", "published params", "published MACs", "top-1")
+COLUMNS = (
+    "name",
+    "system",
+    "params",
+    "MACs",
+    "input",
+    "published params",
+    "published MACs",
+    "top-1",
+    "preset",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,23 +77,29 @@ def card(name: str) -> str:
         "multiply-accumulates": info.published_macs,
         "top-1": info.published_top1,
     }
-    numbers = ", ".join(f"{value:,g} {what}" for what, value in published.items() if value is not None)
+    numbers = ", ".join(f"{value:,.12g} {what}" for what, value in published.items() if value is not None)
     lines.append(f"published: {numbers} ({info.source})" if numbers else "published: nothing for this model")
     if info.note:
         lines.append(f"note: {info.note}")
     lines += [f"checkpoints: {layout.framework}, {layout.source}" for layout in system.layouts]
     if not system.layouts:
         lines.append("checkpoints: none were published")
-    lines += ["", _description(system), "", "Fused operators:"]
+    if preset_of(name):
+        lines.append(f"recipe: fused-ops train --preset {preset_of(name)} --model {name} --data DIR")
+        lines.append("        (fused-ops train --help says whose it is and what of it is done otherwise)")
+    lines += ["", describe(system), "", "Fused operators:"]
     explanation = explain(create_model(name).eval(), torch.empty(1, *info.input_size))
     calls = collections.Counter(row["op"] for row in explanation.rows())
     lines += [f"  {count} calls of {operator}" for operator, count in calls.items()] or ["  none"]
     return "\n".join(lines)
 
 
-def _description(system: System) -> str:
-    module = sys.modules[system.model_class.__module__] if system.model_class else timm_systems
-    return inspect.getdoc(module) or ""
+def describe(system: System) -> str:
+    """What is the paper's, the released code's and inferred in a system."""
+    if system.card:
+        whose = "timm's models, with the layers exchanged that fused_ops.accelerate() knows. "
+        return textwrap.fill(("" if system.model_class else whose) + system.card, 110)
+    return inspect.getdoc(sys.modules[system.model_class.__module__]) or ""
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -99,6 +115,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         scaled(row["published_params"], 1e6, 1, "M"),
         scaled(row["published_macs"], 1e9, 1, "G"),
         "-" if row["published_top1"] is None else f"{row['published_top1']:.1f}",
+        row["preset"] or "-",
     )
 
 

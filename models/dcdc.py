@@ -206,6 +206,7 @@ SYSTEM = register_system(
         paper="Yan et al., Dual Complementary Dynamic Convolution for Image Recognition, 2022, "
         "arXiv 2211.06163",
         model_class=DCDCResNet,
+        preset="dcdc",
         models={
             "dcdc_resnet_50": ModelInfo(
                 16_820_928,

@@ -274,6 +274,7 @@ SYSTEM = register_system(
         name="DS-Net",
         paper="Mao et al., Dual-stream Network for Visual Recognition, NeurIPS 2021, arXiv 2105.14734",
         model_class=DSNet,
+        preset="imagenet",
         models={
             "dsnet_tiny": _info(9_148_200, 1_583_114_944, (9.1, 1.6, 78.1), _NO_STAR_NOTE),
             "dsnet_tiny_star": _info(10_534_312, 1_832_336_768, (10.5, 1.8, 79.0)),

@@ -547,6 +547,7 @@ SYSTEM = register_system(
         paper="Sun et al., FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction, "
         "NeurIPS 2018, arXiv 1901.03495",
         model_class=FishNet,
+        preset="fishnet",
         models={
             "fishnet_99": _info(16_628_904, 4_263_656_704, (16.62, 4.31, 77.41)),
             "fishnet_150": _info(

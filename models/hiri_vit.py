@@ -21,6 +21,7 @@ resolution grows. A five-stage model at 224 pixels is another network.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,42 +58,33 @@ SHORTCUTS = ("avg_pool", "strided")
 NORMS = ("batch", "layer")
 
 
-class _Details:
-    """The inferred choices that every part of the network needs, and tensors' device and dtype."""
+@dataclass(frozen=True)
+class Details:
+    """The inferred choices that every part of the network needs, as in :class:`HIRIViT`.
 
-    def __init__(
-        self,
-        activation: str,
-        bn_eps: float,
-        bn_momentum: float,
-        ln_eps: float,
-        stem_bias: bool,
-        hr_bias: bool,
-        hr_shortcut: bool,
-        fc_bias: bool,
-        qkv_bias: bool,
-        patch_bias: bool,
-        down_ratio: float,
-        down_bias: bool,
-        down_shortcut: str,
-        factory: dict[str, Any],
-    ) -> None:
-        check_activation(activation)
-        check_choice("down_shortcut", down_shortcut, SHORTCUTS)
-        self.activation = activation
-        self.bn_eps = bn_eps
-        self.bn_momentum = bn_momentum
-        self.ln_eps = ln_eps
-        self.stem_bias = stem_bias
-        self.hr_bias = hr_bias
-        self.hr_shortcut = hr_shortcut
-        self.fc_bias = fc_bias
-        self.qkv_bias = qkv_bias
-        self.patch_bias = patch_bias
-        self.down_ratio = down_ratio
-        self.down_bias = down_bias
-        self.down_shortcut = down_shortcut
-        self.factory = factory
+    ``factory`` has tensors' device and dtype.
+    """
+
+    activation: str = "gelu"
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+    ln_eps: float = 1e-6
+    stem_depth: int = 2
+    stem_low_dim: int | None = None
+    stem_bias: bool = False
+    hr_bias: bool = True
+    hr_shortcut: bool = True
+    fc_bias: bool = True
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    patch_bias: bool = True
+    down_bias: bool = False
+    down_shortcut: str = "avg_pool"
+    factory: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        check_choice("down_shortcut", self.down_shortcut, SHORTCUTS)
 
     def norm(self, kind: str, dim: int) -> nn.Module:
         """A norm of maps (B, dim, H, W)."""
@@ -108,7 +100,7 @@ class _Details:
 class ConvBNAct(nn.Module):
     """act(BN(conv(x))) of maps (B, C, H, W), with the submodules ``conv`` and ``bn``."""
 
-    def __init__(self, conv: nn.Conv2d, details: _Details) -> None:
+    def __init__(self, conv: nn.Conv2d, details: Details) -> None:
         super().__init__()
         self.conv = conv
         self.bn = details.norm("batch", conv.out_channels)
@@ -123,11 +115,11 @@ class HRStem(nn.Module):
 
     Both start from a strided convolution. high: 3x3 depthwise, strided 3x3. low: strided 3x3, 3x3, 1x1.
     Their sum is normalised (paper, section 4.1 and Fig. 3c). Inferred: a norm and an activation follow the
-    first convolution, the depthwise one, and the first two of the low branch; the width ``hidden_dim``; no
-    biases.
+    first convolution, the depthwise one, and the first two of the low branch; the width ``hidden_dim``, and
+    that of the low branch, ``dim``; no biases.
     """
 
-    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: _Details) -> None:
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: Details) -> None:
         super().__init__()
 
         def conv3x3(channels: int, out: int, stride: int) -> nn.Conv2d:
@@ -144,9 +136,10 @@ class HRStem(nn.Module):
             **details.factory,
         )
         self.hr_down = conv3x3(hidden_dim, dim, 2)
-        self.lr_down = ConvBNAct(conv3x3(hidden_dim, dim, 2), details)
-        self.lr_conv = ConvBNAct(conv3x3(dim, dim, 1), details)
-        self.lr_pw = PointwiseConv2d(dim, dim, bias=details.stem_bias, **details.factory)
+        low_dim = details.stem_low_dim or dim
+        self.lr_down = ConvBNAct(conv3x3(hidden_dim, low_dim, 2), details)
+        self.lr_conv = ConvBNAct(conv3x3(low_dim, low_dim, 1), details)
+        self.lr_pw = PointwiseConv2d(low_dim, dim, bias=details.stem_bias, **details.factory)
         self.norm = details.norm(norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,19 +152,18 @@ class HRStem(nn.Module):
 class ConvStem(nn.Sequential):
     """Image to (B, dim, H/4, W/4): strided 3x3, two 3x3 (each with norm and activation), strided 3x3, norm.
 
-    Stacked 3x3 convolutions are the paper's (section 5.4); their number and norms are inferred from the
-    stem of the authors' Wave-ViT, their width is ``hidden_dim``.
+    Stacked 3x3 convolutions are the paper's (section 5.4); their number (``stem_depth`` between the strided
+    ones) and norms are inferred from the stem of the authors' Wave-ViT, their width is ``hidden_dim``.
     """
 
-    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: _Details) -> None:
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: Details) -> None:
         def conv3x3(channels: int, out: int, stride: int) -> nn.Conv2d:
             bias = details.stem_bias
             return nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=bias, **details.factory)
 
         super().__init__(
             ConvBNAct(conv3x3(in_chans, hidden_dim, 2), details),
-            ConvBNAct(conv3x3(hidden_dim, hidden_dim, 1), details),
-            ConvBNAct(conv3x3(hidden_dim, hidden_dim, 1), details),
+            *(ConvBNAct(conv3x3(hidden_dim, hidden_dim, 1), details) for _ in range(details.stem_depth)),
             nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1, bias=details.patch_bias, **details.factory),
             details.norm(norm, dim),
         )
@@ -183,7 +175,7 @@ class ViTStem(nn.Sequential):
     ``hidden_dim`` is not used; it makes the three stems interchangeable.
     """
 
-    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: _Details) -> None:
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int, norm: str, details: Details) -> None:
         bias = details.patch_bias
         super().__init__(
             nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, bias=bias, **details.factory),
@@ -198,7 +190,7 @@ class CFFN(nn.Module):
     BatchNorm in the published models (section 4.4). The biases are inferred.
     """
 
-    def __init__(self, dim: int, expansion: float, drop_path: float, norm: str, details: _Details) -> None:
+    def __init__(self, dim: int, expansion: float, drop_path: float, norm: str, details: Details) -> None:
         super().__init__()
         hidden_dim = int(dim * expansion)
         self.norm = details.norm(norm, dim)
@@ -218,7 +210,7 @@ class CFFN(nn.Module):
 class FFN(nn.Module):
     """y = x + DropPath(FC2(act(FC1(norm(x))))) on maps (B, dim, H, W): the first row of the ablation."""
 
-    def __init__(self, dim: int, expansion: float, drop_path: float, norm: str, details: _Details) -> None:
+    def __init__(self, dim: int, expansion: float, drop_path: float, norm: str, details: Details) -> None:
         super().__init__()
         hidden_dim = int(dim * expansion)
         self.norm = details.norm(norm, dim)
@@ -246,13 +238,15 @@ class TransformerBlock(nn.Module):
         reduction_ratio: int,
         drop_path: float,
         ffn: nn.Module,
-        details: _Details,
+        details: Details,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=details.ln_eps, **details.factory)
         self.attn = SpatialReductionAttention(
             dim, num_heads, reduction_ratio, qkv_bias=details.qkv_bias, **details.factory
         )
+        if not details.proj_bias:
+            self.attn.proj.register_parameter("bias", None)
         self.drop_path = DropPath(drop_path)
         self.ffn = ffn
 
@@ -266,16 +260,15 @@ class IRDS(nn.Module):
     """Inverted residual down-sampling by 2 with a shortcut (section 4.3 and Fig. 5).
 
     ``irds_a``: strided 3x3 convolution to more channels, 1x1 convolution. ``irds_b``: 1x1 convolution to
-    more channels, norm, activation, strided 3x3 depthwise convolution, 1x1 convolution. Inferred:
-    ``down_ratio`` times as many channels in between, the norm and activation after the first convolution of
-    ``irds_a``, no biases, no
-    norm at the end, and the shortcut: the mean over 2x2 positions (those that exist), then a 1x1 convolution
-    (``strided``: the 1x1 convolution at every second position).
+    more channels, norm, activation, strided 3x3 depthwise convolution, 1x1 convolution. Inferred: ``ratio``
+    times as many channels in between, the norm and activation after the first convolution of ``irds_a``, no
+    biases, no norm at the end, and the shortcut: the mean over 2x2 positions (those that exist), then a 1x1
+    convolution (``strided``: the 1x1 convolution at every second position).
     """
 
-    def __init__(self, in_dim: int, dim: int, kind: str, details: _Details) -> None:
+    def __init__(self, in_dim: int, dim: int, kind: str, ratio: float, details: Details) -> None:
         super().__init__()
-        hidden_dim = int(in_dim * details.down_ratio)
+        hidden_dim = int(in_dim * ratio)
         bias, factory = details.down_bias, details.factory
         if kind == "irds_a":
             down = nn.Conv2d(in_dim, hidden_dim, 3, stride=2, padding=1, bias=bias, **factory)
@@ -301,11 +294,29 @@ class IRDS(nn.Module):
 class ConvDown(nn.Sequential):
     """Down-sampling by 2 with one strided 3x3 convolution (section 4.3) and a norm (inferred)."""
 
-    def __init__(self, in_dim: int, dim: int, norm: str, details: _Details) -> None:
+    def __init__(self, in_dim: int, dim: int, norm: str, details: Details) -> None:
         super().__init__(
             nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=details.patch_bias, **details.factory),
             details.norm(norm, dim),
         )
+
+
+def build_hr_block(
+    dim: int, expansion: float, drop_path: float, details: Details, block: type[HRBlock] = HRBlock
+) -> HRBlock:
+    """The HR-block (section 4.2) with the inferred choices of ``details``."""
+    return block(
+        dim,
+        expansion,
+        drop_path,
+        activation=details.activation,
+        high_bias=details.hr_bias,
+        fc_bias=details.fc_bias,
+        shortcut=details.hr_shortcut,
+        eps=details.bn_eps,
+        momentum=details.bn_momentum,
+        **details.factory,
+    )
 
 
 _STEM_CLASSES = {"hr": HRStem, "conv": ConvStem, "vit": ViTStem}
@@ -335,22 +346,26 @@ class HIRIViT(StagedBackbone):
             values.
         stem: ``hr``, ``conv`` or ``vit``.
         stem_dim: channels of the stem at half the image's resolution.
+        stem_depth: convolutions of the stem ``conv`` between its two strided ones.
+        stem_low_dim: channels inside the low branch of the stem ``hr``; None for those of the first stage.
         downs: one less than stages: ``irds_a``, ``irds_b`` or ``conv``.
         feed_forward: ``cffn`` or ``ffn``, also inside Transformer blocks.
         stem_norm: the stem's last norm, ``batch`` or ``layer``.
         down_norms: norms of the ``conv`` down-samplings.
         feed_forward_norms: norm of every feed-forward, per stage.
+        final_norm: ``layer`` or ``batch``, before the pooling.
         activation: relu, silu, gelu (exact), gelu_tanh or hardswish.
         bn_eps, bn_momentum, ln_eps: of the norms.
         stem_bias: biases of the stem's convolutions, but for ``patch_bias``.
         hr_bias: bias of the HR-block's depthwise convolution at full resolution.
         fc_bias: biases of the fully connected layers, and of the depthwise convolution of a CFFN.
-        qkv_bias: biases of queries, keys and values.
+        qkv_bias, proj_bias: biases of queries, keys and values, and of attention's output projection.
         patch_bias: biases of ``conv`` down-samplings and of the last convolution of the stems ``conv`` and
             ``vit``.
         down_bias: biases of the IRDS convolutions.
         hr_shortcut: identity around the HR-block.
-        down_ratio: channels inside an IRDS as a multiple of its input's.
+        down_ratio: channels inside an IRDS as a multiple of its input's; one for all or one per change of
+            stage.
         down_shortcut: ``avg_pool`` or ``strided``.
         drop_rate: dropout before the classifier.
         drop_path_rate: largest stochastic depth probability, rising linearly over all blocks.
@@ -372,11 +387,14 @@ class HIRIViT(StagedBackbone):
         reduction_ratios: Sequence[int] = (1, 1, 1, 1, 1),
         stem: str = "hr",
         stem_dim: int = 32,
+        stem_depth: int = 2,
+        stem_low_dim: int | None = None,
         downs: Sequence[str] = ("irds_a", "irds_a", "irds_b", "irds_b"),
         feed_forward: str = "cffn",
         stem_norm: str = "batch",
         down_norms: Sequence[str] = ("batch", "batch", "layer", "layer"),
         feed_forward_norms: Sequence[str] = ("batch", "batch", "batch", "batch", "batch"),
+        final_norm: str = "layer",
         activation: str = "gelu",
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
@@ -386,8 +404,9 @@ class HIRIViT(StagedBackbone):
         hr_shortcut: bool = True,
         fc_bias: bool = True,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
         patch_bias: bool = True,
-        down_ratio: float = 4.0,
+        down_ratio: float | Sequence[float] = 4.0,
         down_bias: bool = False,
         down_shortcut: str = "avg_pool",
         drop_rate: float = 0.0,
@@ -407,13 +426,17 @@ class HIRIViT(StagedBackbone):
             reduction_ratios=reduction_ratios,
             feed_forward_norms=feed_forward_norms,
         )
-        check_lengths(len(depths) - 1, "change of stage", downs=downs, down_norms=down_norms)
+        ratios = [down_ratio] * len(downs) if isinstance(down_ratio, int | float) else down_ratio
+        check_lengths(
+            len(depths) - 1, "change of stage", downs=downs, down_norms=down_norms, down_ratio=ratios
+        )
         check_choice("stem", stem, STEMS)
         check_choice("feed_forward", feed_forward, FEED_FORWARDS)
         for name, values, allowed in (
             ("blocks", blocks, BLOCKS),
             ("downs", downs, DOWNS),
             ("stem_norm", (stem_norm,), NORMS),
+            ("final_norm", (final_norm,), NORMS),
             ("down_norms", down_norms, NORMS),
             ("feed_forward_norms", feed_forward_norms, NORMS),
         ):
@@ -422,38 +445,29 @@ class HIRIViT(StagedBackbone):
         for kind, dim, heads in zip(blocks, dims, num_heads, strict=True):
             if kind == "transformer":
                 check_heads(dim, heads)
-        details = _Details(
-            activation,
-            bn_eps,
-            bn_momentum,
-            ln_eps,
-            stem_bias,
-            hr_bias,
-            hr_shortcut,
-            fc_bias,
-            qkv_bias,
-            patch_bias,
-            down_ratio,
-            down_bias,
-            down_shortcut,
-            factory,
+        details = Details(
+            activation=activation,
+            bn_eps=bn_eps,
+            bn_momentum=bn_momentum,
+            ln_eps=ln_eps,
+            stem_depth=stem_depth,
+            stem_low_dim=stem_low_dim,
+            stem_bias=stem_bias,
+            hr_bias=hr_bias,
+            hr_shortcut=hr_shortcut,
+            fc_bias=fc_bias,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            patch_bias=patch_bias,
+            down_bias=down_bias,
+            down_shortcut=down_shortcut,
+            factory=factory,
         )
 
         def build_block(stage: int, drop_path: float) -> nn.Module:
             dim, expansion = dims[stage], expansions[stage]
             if blocks[stage] == "hr":
-                return HRBlock(
-                    dim,
-                    expansion,
-                    drop_path,
-                    activation=details.activation,
-                    high_bias=details.hr_bias,
-                    fc_bias=details.fc_bias,
-                    shortcut=details.hr_shortcut,
-                    eps=details.bn_eps,
-                    momentum=details.bn_momentum,
-                    **details.factory,
-                )
+                return build_hr_block(dim, expansion, drop_path, details)
             ffn = _FEED_FORWARD_CLASSES[feed_forward](
                 dim, expansion, drop_path, feed_forward_norms[stage], details
             )
@@ -470,10 +484,10 @@ class HIRIViT(StagedBackbone):
             if i > 0 and downs[i - 1] == "conv":
                 self.downs.append(ConvDown(dims[i - 1], dim, down_norms[i - 1], details))
             elif i > 0:
-                self.downs.append(IRDS(dims[i - 1], dim, downs[i - 1], details))
+                self.downs.append(IRDS(dims[i - 1], dim, downs[i - 1], ratios[i - 1], details))
             self.stages.append(nn.Sequential(*(build_block(i, rate) for rate in rates[i])))
             self._add_stage(dim, 2 if i else 4, f"stages.{i}")
-        self.norm = details.norm("layer", dims[-1])
+        self.norm = details.norm(final_norm, dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self._init_weights()
         self._set_classifier(num_classes, global_pool, factory)
@@ -666,6 +680,7 @@ SYSTEM = register_system(
         paper="Yao et al., HIRI-ViT: Scaling Vision Transformer with High Resolution Inputs, "
         "IEEE TPAMI 2024, arXiv 2403.11999",
         model_class=HIRIViT,
+        preset="hiri_vit",
         models={
             "hiri_vit_small": _info(34_413_032, 4_974_549_248, 448, 5.0e9, 84.3),
             "hiri_vit_base": _info(

@@ -538,6 +538,7 @@ SYSTEM = register_system(
         paper="Zhang et al., Vision Transformers: From Semantic Segmentation to Dense Prediction, IJCV 2024, "
         "arXiv 2207.09339",
         model_class=HLG,
+        preset="hlg",
         models={
             "hlg_mobile": _unpublished(
                 4_140_904, 702_970_560, "a configuration of the released code; no results are published"

@@ -10,7 +10,7 @@ elsewhere.
 
 Position tables are resized to the map of their own stage. The public code compares with the first stage's
 number of tokens instead, so that it stops with an error at some sizes (448 pixels); at all others the
-results are equal.
+results are equal. Nothing is inferred.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fused_ops.attention import SpatialReductionAttention
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
+from fused_ops.feed_forward.module import residual_mlp
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return residual_mlp(x, self.norm2, self.mlp, self.drop_path)
 
 
 class PVT(StagedBackbone):
@@ -364,6 +365,7 @@ SYSTEM = register_system(
         paper="Wang et al., Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without "
         "Convolutions, ICCV 2021, arXiv 2102.12122",
         model_class=PVT,
+        preset="pvt",
         models={
             "pvt_tiny": _info(13_229_288, 1_932_911_616, (13.2, 1.9, 75.1)),
             "pvt_small": _info(24_485_864, 3_815_701_504, (24.5, 3.8, 79.8)),

@@ -39,6 +39,7 @@ class ModelInfo:
         published_top1: ImageNet-1k top-1 accuracy in percent as published, or None.
         source: where the published numbers are from.
         note: what a reader of the numbers must know.
+        preset: its recipe, where that is not its system's.
     """
 
     params: int
@@ -49,6 +50,7 @@ class ModelInfo:
     published_top1: float | None = None
     source: str = ""
     note: str = ""
+    preset: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class System:
         models: by registered name.
         layouts: the public state-dict layouts, the first one being the default of ``official_state_dict``.
         defaults: arguments by model name, where they are not those of the model's own constructor.
+        preset: the preset of ``fused-ops train`` with its recipe.
+        card: what is the paper's, the released code's and inferred, where the docstring of the model's module
+            does not say that of this system alone.
     """
 
     name: str
@@ -70,6 +75,8 @@ class System:
     models: Mapping[str, ModelInfo]
     layouts: tuple[OfficialLayout, ...] = field(default=())
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preset: str = ""
+    card: str = ""
 
 
 _systems: dict[str, System] = {}
@@ -128,6 +135,16 @@ def system_of(model: nn.Module) -> System:
     raise ValueError(f"model must be one of fused_ops.models, got {type(model).__name__}")
 
 
+def preset_of(name: str) -> str:
+    """The preset of ``fused-ops train`` with the recipe of a model.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones.
+    """
+    system = find_system(name)
+    return system.models[name].preset or system.preset
+
+
 def list_models(filter: str = "") -> list[str]:
     """Names of the zoo's models in natural order.
 
@@ -149,7 +166,8 @@ def create_model(name: str, pretrained: bool = False, checkpoint: Any = None, **
         pretrained: no weights are published under our names, so this raises; use ``checkpoint``.
         checkpoint: a path or state dict for :func:`fused_ops.models.load_checkpoint`.
         **kwargs: for the model: ``num_classes``, ``in_chans``, ``drop_path_rate``, ``device``, ``dtype``
-            and others, and timm's ``features_only`` and ``out_indices``.
+            and others, and timm's ``features_only`` and ``out_indices``. Every model takes
+            ``drop_path_rate=0``; those without stochastic depth take no other rate.
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones, for ``pretrained=True``, and for a
@@ -161,7 +179,13 @@ def create_model(name: str, pretrained: bool = False, checkpoint: Any = None, **
             f"pretrained=True: no weights of {name} are hosted; pass those of the public code as checkpoint="
         )
     kwargs = {**system.defaults.get(name, {}), **kwargs}
-    model = timm.create_model(name, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        if kwargs.get("drop_path_rate") != 0 or "drop_path_rate" not in str(error):
+            raise
+        del kwargs["drop_path_rate"]
+        model = timm.create_model(name, **kwargs)
     if checkpoint is not None:
         _load(model, checkpoint, name, kwargs)
     if system.model_class is None:
@@ -232,6 +256,7 @@ def model_table(filter: str = "") -> list[dict[str, Any]]:
                 "published_top1": info.published_top1,
                 "source": info.source,
                 "note": info.note,
+                "preset": preset_of(name),
                 "paper": system.paper,
             }
         )

@@ -385,6 +385,14 @@ register_system(
         name="CBAM",
         paper="Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv 1807.06521",
         model_class=CBAMResNet,
+        preset="resnet_gates",
+        card=(
+            "The paper's: both gates, and CBAM at the end of every residual branch. The released code's: "
+            "stride on the 3x3 convolutions (published multiply-accumulates have it on the first 1x1), "
+            "momentum 0.01 of the spatial gate's BatchNorm and its weight's start at 0, and the "
+            "initialisation. Accuracies of ResNet-50 and -101 are quoted from another public code. "
+            "Nothing is inferred."
+        ),
         models={
             "cbam_resnet_18": _cbam(11_779_392, 1_815_063_764, 11.78, 1.815, None, _CBAM_SECOND_HAND),
             "cbam_resnet_34": _cbam(21_960_468, 3_665_434_742, 21.96, 3.665, None, _CBAM_SECOND_HAND),
@@ -400,6 +408,12 @@ register_system(
         paper="Wang et al., ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks, "
         "CVPR 2020, arXiv 1910.03151",
         model_class=ECAResNet,
+        preset="resnet_gates",
+        card=(
+            "The paper's: the gate, and a formula for its kernel size. The released code's: kernel sizes "
+            "of the checkpoints do not follow that formula; the registered models have the checkpoints'. "
+            "Nothing is inferred."
+        ),
         models={
             "eca_resnet_18": _eca(11_689_556, 1_814_085_760, 11.15, 1.70, 70.92),
             "eca_resnet_34": _eca(21_797_744, 3_663_781_952, 20.79, 3.43, 74.21),
@@ -416,6 +430,12 @@ register_system(
         paper="Cao et al., GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond, "
         "ICCV workshop 2019, arXiv 1904.11492",
         model_class=GCResNet,
+        preset="resnet_gates",
+        card=(
+            "The paper's: the block and its ratios. The released code's: details and initialisation of "
+            "the block; the code is for detection and has no classifier. Inferred: blocks in the last "
+            "three stages of a classifier, and its recipe."
+        ),
         models={
             "gcnet_resnet_50_r16": ModelInfo(
                 params=28_078_773,
@@ -440,6 +460,13 @@ register_system(
         paper="Wu et al., CAT: Learning to Collaborate Channel and Spatial Attention from Multi-Information "
         "Fusion, IET Computer Vision 2023, arXiv 2212.06335",
         model_class=CATResNet,
+        preset="resnet_gates",
+        card=(
+            "A RECONSTRUCTION. The paper's abstract: a channel and a spatial branch, three poolings in "
+            "each, scalars that weigh poolings and branches. Released code: none. Inferred: every "
+            "formula, see fused_ops.blocks.gates.CollaborativeAttention, the place in ResNet, and the "
+            "recipe. No published number belongs to these models."
+        ),
         models={
             "cat_resnet_50": ModelInfo(28_072_888, 4_097_495_484, note=_CAT_NOTE),
             "cat_resnet_101": ModelInfo(49_294_209, 7_816_626_828, note=_CAT_NOTE),
@@ -451,6 +478,12 @@ register_system(
         name="SEM",
         paper="Zhong et al., Switchable Self-attention Module, 2022, arXiv 2209.05680",
         model_class=SEMResNet,
+        preset="resnet_gates",
+        card=(
+            "The paper's: three excitations whose logits are switched. The released code's: all of the "
+            "gate, and ResNet-164 for CIFAR (sem_resnet_164_cifar). Inferred: sem_resnet_50 and "
+            "sem_resnet_101, the module in ImageNet's ResNets, and their recipe."
+        ),
         models={
             "sem_resnet_50": ModelInfo(28_163_678, 4_091_832_320, note=_SEM_NOTE),
             "sem_resnet_101": ModelInfo(49_489_702, 7_806_420_992, note=_SEM_NOTE),
@@ -459,6 +492,7 @@ register_system(
                 247_902_464,
                 input_size=(3, 32, 32),
                 note="10 classes; published for CIFAR-10: accuracy 94.95 (Qrange-group/SEM, README), no size",
+                preset="sem_cifar",
             ),
         },
         layouts=(OfficialLayout("pytorch", "Qrange-group/SEM", _sem_to_ours, _sem_to_official),),

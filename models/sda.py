@@ -418,6 +418,7 @@ SYSTEM = register_system(
         paper="Guo et al., Selective Depth Attention Networks for Adaptive Multi-scale Feature "
         "Representation, IEEE Transactions on Artificial Intelligence 2024, DOI 10.1109/TAI.2024.3401652",
         model_class=SDANet,
+        preset="sda",
         models={
             "sda_resnet_50": ModelInfo(17_410_984, 2_472_443_904, note=_OWN_NOTE),
             "sda_resnet_86": _info(27_219_880, 3_879_993_344, 27.22, 3.88, 78.76),

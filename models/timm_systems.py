@@ -160,6 +160,8 @@ def _infos(
 def _register(
     name: str,
     paper: str,
+    preset: str,
+    card: str,
     models: Mapping[str, ModelInfo],
     layouts: Sequence[OfficialLayout] = (),
     defaults: Mapping[str, Mapping[str, object]] | None = None,
@@ -172,6 +174,8 @@ def _register(
             models=models,
             layouts=(*layouts, _TIMM),
             defaults=defaults or {},
+            preset=preset,
+            card=card,
         )
     )
 
@@ -180,6 +184,12 @@ _UNUSED = "without the three projections of the public code that have no effect:
 RES2NET = _register(
     "Res2Net",
     "Gao et al., Res2Net: A New Multi-scale Backbone Architecture, TPAMI 2021, arXiv 1904.01169",
+    "res2net",
+    "The paper's: the split block and its widths; the stem and the shortcuts are ResNet's, DLA's or "
+    "ResNeXt's. The released code's: the last split of a stage's first block passes a 3x3 average "
+    'pooling; res2net50d and res2net101d ("v1b") are the code\'s alone, with a deeper stem and pooled '
+    "shortcuts, and so is their accuracy. timm leaves out three projections of the DLA models that "
+    "have no effect. Nothing in the models is inferred.",
     _infos(
         "Res2Net-PretrainedModels README",
         [
@@ -215,6 +225,13 @@ _1000_CLASSES = "with a classifier for ImageNet-1k; the released weights are for
 FOCALNET = _register(
     "FocalNet",
     "Yang et al., Focal Modulation Networks, NeurIPS 2022, arXiv 2203.11926",
+    "focalnet",
+    "The paper's: focal modulation, sizes and recipe. It counts parameters of a modulation without "
+    "its output projection; the code has it, and it is counted here. The released code's: normalised "
+    "modulators of focalnet_large_fl4 (its configuration file says so, that of focalnet_xlarge_fl4 "
+    "does not; timm sets it for neither), post-norms and layer scales of the large models. Weights of "
+    "large, xlarge and huge are for 22k classes; a classifier for 1,000 here is this project's. "
+    "Nothing else is inferred.",
     _infos(
         "microsoft/FocalNet README",
         [
@@ -257,6 +274,11 @@ FOCALNET = _register(
 NEXT_VIT = _register(
     "Next-ViT",
     "Li et al., Next-ViT, arXiv 2207.05501",
+    "next_vit",
+    "The paper's: blocks, their pattern and sizes. The released code's: keys and values are pooled "
+    "over runs of tokens in raster order, where the paper only names an average pooling; attention "
+    "between convolution groups has ReLU and BatchNorm and a projection without bias. Nothing is "
+    "inferred.",
     _infos(
         "arXiv 2207.05501, ImageNet table",
         [
@@ -271,6 +293,11 @@ NEXT_VIT = _register(
 PVT_V2 = _register(
     "PVTv2",
     "Wang et al., PVT v2: Improved Baselines with Pyramid Vision Transformer, CVMJ 2022, arXiv 2106.13797",
+    "pvt_v2",
+    "The paper's: overlapping patch embedding, convolutional feed-forward, linear attention, sizes. "
+    "The released code's: LayerNorm has eps 1e-5 in the patch embedding and after the reduction, 1e-6 "
+    "elsewhere; the linear form has a further ReLU before its depthwise convolution. Published "
+    "multiply-accumulates leave out attention's products. Nothing is inferred.",
     _infos(
         "whai362/PVT README; multiply-accumulates: PaddleClas, without attention's products",
         [
@@ -289,6 +316,11 @@ PVT_V2 = _register(
 DAVIT = _register(
     "DaViT",
     "Ding et al., DaViT: Dual Attention Vision Transformers, ECCV 2022, arXiv 2204.03645",
+    "davit",
+    "The paper's: window and channel attention in turn, sizes. The released code's: channel attention "
+    "divides keys by the square root of a head's width; windows are padded with zeros that take part "
+    "in the softmax; LayerNorm comes after the stem's convolution and before the others. In the "
+    "recipe alone, stochastic depth of the small and base models is inferred.",
     _infos(
         "arXiv 2204.03645, ImageNet table",
         [
@@ -304,6 +336,11 @@ HRNET = _register(
     "HRNet",
     "Wang et al., Deep High-Resolution Representation Learning for Visual Recognition, TPAMI 2020, "
     "arXiv 1908.07919",
+    "hrnet",
+    "The paper's: four resolutions side by side, widths. The released code's: each new branch starts "
+    "from the lowest resolution; a coarser map is enlarged by nearest neighbours after its 1x1 "
+    "convolution and BatchNorm; convolutions of the classifier's head have biases. Sides must be "
+    "multiples of 32. hrnet_w18_small and hrnet_w18_small_v2 are the code's. Nothing is inferred.",
     _infos(
         "HRNet/HRNet-Image-Classification README",
         [
@@ -321,6 +358,9 @@ HRNET = _register(
 CONVNEXT = _register(
     "ConvNeXt",
     "Liu et al., A ConvNet for the 2020s, CVPR 2022, arXiv 2201.03545",
+    "convnext",
+    "The paper's: block, sizes and recipe. The released code's: layer scales start at 1e-6 and the "
+    "average of the weights is evaluated. Nothing is inferred.",
     _infos(
         "arXiv 2201.03545, ImageNet-1K table",
         [
@@ -337,6 +377,11 @@ _ROUNDED = "published in whole millions; not reproduced to a percent"
 EFFICIENTNET = _register(
     "EfficientNet",
     "Tan and Le, EfficientNet: Rethinking Model Scaling for CNNs, ICML 2019, arXiv 1905.11946",
+    "efficientnet",
+    "The paper's: base network, scaling and input sizes. timm's: its own default input sizes (b2 to "
+    "b5 are smaller than the paper's; the preset and the counts take the paper's) and symmetric "
+    "padding, where the released TensorFlow code pads as TensorFlow does (those are timm's "
+    "tf_efficientnet models). Nothing is inferred.",
     _infos(
         "arXiv 1905.11946, table 2",
         [
@@ -356,6 +401,10 @@ EFFICIENTNET = _register(
 MOBILENET_V3 = _register(
     "MobileNetV3",
     "Howard et al., Searching for MobileNetV3, ICCV 2019, arXiv 1905.02244",
+    "mobilenetv3",
+    "The paper's: the two networks and their width multipliers. timm's: symmetric padding, where the "
+    "released TensorFlow code pads as TensorFlow does (those are timm's tf_mobilenetv3 models). In "
+    "the recipe alone, number of epochs, warm-up and label smoothing are inferred.",
     _infos(
         "arXiv 1905.02244, floating point table",
         [
@@ -373,6 +422,11 @@ GATED_RESNETS_OF_TIMM = _register(
     "ResNets with gates, timm's",
     "Wang et al., ECA-Net, CVPR 2020, arXiv 1910.03151; Cao et al., GCNet, ICCV Workshops 2019, "
     "arXiv 1904.11492",
+    "resnet_gates",
+    "The papers': the gates. timm's: everything around them, deep stems, pooled shortcuts, light and "
+    "tiered variants; kernel sizes of ECA follow the paper's formula, while the released code's "
+    "checkpoints do not. The recipe is inferred: that of ECA-Net. Models as in the papers' own code "
+    "are eca_resnet_* and gcnet_resnet_*.",
     _infos(
         "",
         [

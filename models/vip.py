@@ -1,10 +1,9 @@
 """ViP: visual parser.
 
 Sun et al., "Visual Parser: Representing Part-whole Hierarchies with Transformers", 2021 (arXiv 2107.05790).
-Public
-code: kevin-ssy/ViP (PyTorch), and yuexy/ViP-Object-Detection for the dense form. Only the code was
-    available in full, so everything here follows it; the published sizes come out. ViP-Mobile is in the
-    code alone.
+Public code: kevin-ssy/ViP (PyTorch), and yuexy/ViP-Object-Detection for the dense form. Only the code was
+available in full, so everything here follows it, without a comparison with the paper; the published sizes
+come out. ViP-Mobile is in the code alone. Nothing is inferred.
 
 The network carries two streams: a map, and a few tokens ("parts") that read from the whole map and are read
 by every position of it. Not to be confused with Vision Permutator.
@@ -25,6 +24,7 @@ from fused_ops.blocks.layout import to_channels_last
 from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
+from fused_ops.feed_forward.module import mlp_on_modules
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     BlockSequence,
@@ -141,7 +141,7 @@ class AnyAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, Linear, exact GELU, Linear; the identity around it belongs to the caller."""
+    """x + drop_path(fc2(GELU(fc1(LayerNorm(x))))), in one operator."""
 
     def __init__(self, dim: int, hidden_dim: int, **factory: Any) -> None:
         super().__init__()
@@ -149,8 +149,9 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, **factory)
         self.fc2 = nn.Linear(hidden_dim, dim, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def forward(self, x: Tensor, drop_path: DropPath) -> Tensor:
+        factors = drop_path.factors(x)
+        return mlp_on_modules(x, self.norm, self.fc1, self.fc2, drop_path=factors, residual=x)
 
 
 class PartMixing(nn.Module):
@@ -183,7 +184,7 @@ class Encoder(nn.Module):
         parts = parts + self.drop_path(self.enc_attn(parts, x, x, query_position=position, mask=mask))
         parts = parts + self.reason(parts)
         if hasattr(self, "enc_ffn"):
-            parts = parts + self.drop_path(self.enc_ffn(parts))
+            parts = self.enc_ffn(parts, self.drop_path)
         return parts
 
 
@@ -206,7 +207,7 @@ class Decoder(nn.Module):
         windows = (x.shape[0], x.shape[1])
         x = x.flatten(1, 2)
         x = x + self.drop_path(self.attn1(x, parts, parts, key_position=position, query_mask=mask))
-        x = x + self.drop_path(self.ffn1(x))
+        x = self.ffn1(x, self.drop_path)
         # Stochastic depth drops whole samples, so it must see them and not their windows.
         inside = x.unflatten(1, (windows[1], -1)).flatten(0, 1)
         inside_mask = None if mask is None else mask.unflatten(1, (windows[1], -1)).flatten(0, 1)
@@ -215,7 +216,7 @@ class Decoder(nn.Module):
         if mask is not None:
             attended = attended.masked_fill(mask[..., None], 0.0)
         x = x + self.drop_path(attended)
-        x = x + self.drop_path(self.ffn2(x))
+        x = self.ffn2(x, self.drop_path)
         return x.unflatten(1, (windows[1], -1))
 
 
@@ -644,6 +645,7 @@ SYSTEM = register_system(
         paper="Sun et al., Visual Parser: Representing Part-whole Hierarchies with Transformers, "
         "arXiv 2107.05790",
         model_class=ViP,
+        preset="vip",
         models={
             "vip_mobile": ModelInfo(
                 params=6_329_640, macs=834_661_824, note="in the public code alone: no results are published"

@@ -22,6 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_ops import Report, accelerate
 
 from .data import NO_TARGET
+from .distillation import (
+    RatioWarmupEma,
+    Teacher,
+    mix_with_mask,
+    soft_targets,
+    teacher_target,
+    teacher_weight,
+)
 from .distributed import World
 from .seeding import Purpose, derive, seed_all
 from .settings import Settings, UsageError, nearest
@@ -103,16 +111,29 @@ class InputPipeline:
                 num_classes=num_classes,
             )
 
-    def __call__(self, images: Tensor, targets: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """Images ready for the model, and targets: class numbers, or probabilities if images were mixed."""
+    def prepare(self, images: Tensor, targets: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """Images ready for the model but for mixing, and class numbers, on the device."""
         images = images.to(self._device, non_blocking=True).to(memory_format=self._format)
         targets = targets.to(self._device, non_blocking=True)
         images = images.float().sub_(self._mean).div_(self._std)
         if training and self._erase is not None:
             images = self._erase(images)
-        if training and self._mix is not None:
-            images, targets = self._mix(images, targets)
         return images, targets
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed in place, and probabilities; as they are if nothing is to be mixed."""
+        return self._mix(images, targets) if self._mix is not None else (images, targets)
+
+    def mix_with_mask(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `mix`, and the share (B, H, W) of every pixel that is the image's own."""
+        if self._mix is not None:
+            return mix_with_mask(self._mix, images, targets)
+        return images, targets, images.new_ones(()).expand(len(images), *images.shape[2:])
+
+    def __call__(self, images: Tensor, targets: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """Images ready for the model, and targets: class numbers, or probabilities if images were mixed."""
+        images, targets = self.prepare(images, targets, training)
+        return self.mix(images, targets) if training else (images, targets)
 
 
 def training_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
@@ -160,7 +181,7 @@ class UpdateRecord:
 
 
 class Engine:
-    """Model, averaged model, optimizer, scheduler and scaler of a run."""
+    """Model, averaged model, optimizer, scheduler and scaler of a run; with EMA distillation the teacher."""
 
     def __init__(
         self, settings: Settings, model: nn.Module, num_classes: int, updates_per_epoch: int, world: World
@@ -184,7 +205,11 @@ class Engine:
                 )
         self.ema = None
         if settings.ema_decay:
-            self.ema = ModelEmaV3(self.model, settings.ema_decay, use_warmup=settings.ema_warmup)
+            ratio = settings.ema_warmup and settings.ema_warmup_form == "ratio"
+            average = RatioWarmupEma if ratio else ModelEmaV3
+            self.ema = average(self.model, settings.ema_decay, use_warmup=settings.ema_warmup)
+        self._num_classes = num_classes
+        self.teacher = Teacher(self.ema.module, settings) if settings.ema_distillation else None
         self.optimizer = build_optimizer(settings, self.model, device)
         self.scheduler = build_scheduler(settings, self.optimizer, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
@@ -225,6 +250,22 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.world.device.type, dtype=self.amp_dtype)
 
+    def _batch(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Training images, the targets that their labels give, and those to learn from.
+
+        The two differ by the teacher's part. It is asked first, as mixing is done in place.
+        """
+        weight = teacher_weight(self.settings, step, self.updates_per_epoch) if self.teacher else 0.0
+        if not weight:
+            images, targets = self.pipeline(images, targets, training=True)
+            return images, targets, targets
+        images, targets = self.pipeline.prepare(images, targets, training=True)
+        with self._autocast():
+            logits = self.teacher(images)
+        images, targets, mask = self.pipeline.mix_with_mask(images, targets)
+        soft = soft_targets(targets, self._num_classes, self.settings.label_smoothing)
+        return images, targets, torch.lerp(soft, teacher_target(logits, mask), weight)
+
     def update(self, next_batch: Callable[[], Batch], epoch: int, number: int) -> UpdateRecord:
         """One optimizer step, the `number`-th of `epoch`, over as many passes as the batch needs."""
         step = epoch * self.updates_per_epoch + number
@@ -235,12 +276,12 @@ class Engine:
             images, targets, _ = next_batch()
             place = k * self.world.size + self.world.rank
             seed_all(derive(self.settings.seed, Purpose.PASS, epoch, number, place))
-            images, targets = self.pipeline(images, targets, training=True)
+            images, targets, learnt = self._batch(images, targets, step)
             last = k == self.passes - 1
             with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():
                 with self._autocast():
                     logits = self._wrapped(images)
-                loss = training_loss(logits, targets, self.settings.label_smoothing)
+                loss = training_loss(logits, learnt, self.settings.label_smoothing)
                 self.scaler.scale(loss / self.passes).backward()
             total += loss.detach() / self.passes
             labels = targets.argmax(1) if targets.is_floating_point() else targets
@@ -253,6 +294,8 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model, step=step + 1)
+            if self.teacher and self.world.size > 1:
+                self.teacher.share_statistics()
         return UpdateRecord(total, correct)
 
     @property

@@ -164,7 +164,8 @@ def _evaluate(
     """Evaluate a checkpoint on the held-out images."""
     if data.val is None:
         raise UsageError("--evaluate: --data synthetic has no held-out images")
-    engine = Engine(dataclasses.replace(settings, ema_decay=0.0), model, len(data.classes), 1, world)
+    no_average = dataclasses.replace(settings, ema_decay=0.0, ema_distillation=0.0)
+    engine = Engine(no_average, model, len(data.classes), 1, world)
     loader = evaluation_loader(settings, data.val, _interpolation(model), world)
     ledger = UnreadableImages(settings.max_unreadable, world, console)
     start = time.perf_counter()

@@ -7,10 +7,13 @@ import dataclasses
 import difflib
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .presets import PRESETS, data_preset
 
 PROGRAM = "fused-ops train"
 SETTINGS_FILE = "settings.json"
@@ -65,8 +68,8 @@ class Settings:
     preset: str = _flag(
         "auto",
         "what",
-        "set of defaults; auto takes the one of --data",
-        choices=("auto", "imagenet", "digits", "synthetic"),
+        "set of defaults, as listed below; auto takes the one of --data",
+        choices=("auto", *PRESETS),
     )
     finetune: str = _flag("", "what", "start from these weights (.safetensors); another class count is fine")
     evaluate: bool = _flag(
@@ -154,7 +157,24 @@ class Settings:
     ema_decay: float = _flag(
         0.99996, "optimisation", "decay of the averaged weights; 0 is off", at_least=0, at_most=0.9999999
     )
-    ema_warmup: bool = _flag(False, "optimisation", "let the decay grow from 0 as 1 - (1 + update)^(-2/3)")
+    ema_warmup: bool = _flag(False, "optimisation", "let the decay grow from 0, see --ema-warmup-form")
+    ema_warmup_form: str = _flag(
+        "power",
+        "optimisation",
+        "power: 1 - (1 + update)^(-2/3); ratio: (1 + update) / (10 + update)",
+        choices=("power", "ratio"),
+    )
+    ema_distillation: float = _flag(
+        0.0,
+        "optimisation",
+        "weight in the target of what the averaged weights say about every position of the unmixed images "
+        "(1 - alpha of HIRI-ViT, section 4.5); 0 is off",
+        at_least=0,
+        at_most=0.9999999,
+    )
+    ema_distillation_warmup: float = _flag(
+        0.0, "optimisation", "epochs in which that weight rises linearly from 0", at_least=0
+    )
 
     device: str = _flag(
         "auto", "device", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"), may_change=True
@@ -212,42 +232,6 @@ class Settings:
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 MAY_CHANGE = tuple(name for name, f in FIELDS.items() if f.metadata["may_change"] and f.metadata["kept"])
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": {},
-    "digits": {
-        "model": "dsnet_test",
-        "data": "digits",
-        "img_size": 32,
-        "crop_scale": 0.7,
-        "crop_pct": 1.0,
-        "hflip": 0.0,
-        "rand_augment": "none",
-        "random_erasing": 0.0,
-        "repeats": 1,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "workers": 0,
-        # The model is so small that a second thread gains nothing, and loses much when cores are shared.
-        "threads": 1,
-        "epochs": 12,
-        "batch_size": 64,
-        "lr": 1.6e-2,
-        "warmup_epochs": 2.0,
-        "ema_decay": 0.99,
-        "ema_warmup": True,
-        "drop_path": 0.0,
-    },
-    "synthetic": {
-        "data": "synthetic",
-        "epochs": 1,
-        "warmup_epochs": 0.0,
-        # No rate is too small for a run that measures speed, whatever the batch.
-        "min_lr": 0.0,
-        "batch_size": 128,
-        "repeats": 1,
-    },
-}
-
 
 def flag_of(name: str) -> str:
     """The command line flag of a setting."""
@@ -258,6 +242,25 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """The names like `word`, as the end of an error message."""
     found = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
     return f"nearest: {', '.join(found)}" if found else f"known: {', '.join(sorted(known)[:20])}"
+
+
+class _Lines(argparse.HelpFormatter):
+    """Keeps the lines of the epilogue apart, each wrapped with a hanging indent."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            textwrap.fill(line, width, initial_indent=indent, subsequent_indent=f"{indent}    ")
+            for line in text.splitlines()
+        )
+
+
+def _describe_presets() -> str:
+    """One line per preset: whose numbers, and what to know of them."""
+    lines = []
+    for name, preset in PRESETS.items():
+        notes = f" Note: {'; '.join(preset.notes)}." if preset.notes else ""
+        lines.append(f"  {name}: {preset.source}.{notes}")
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -272,7 +275,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train or evaluate an image classifier, on one device or under torchrun.",
         epilog="Resuming keeps the settings of the run; these may be given anew: "
         + ", ".join(map(flag_of, MAY_CHANGE))
-        + ".",
+        + ".\n\nPresets, each with its own model unless --model is given. INFERRED marks what nobody "
+        "published; all change the rate at every update and leave the number format to --amp:\n"
+        f"{_describe_presets()}",
+        formatter_class=_Lines,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -307,9 +313,12 @@ def settings_from(given: dict[str, Any]) -> Settings:
     """Complete settings: those given, over those of the preset, over the defaults. Raises `UsageError`."""
     preset = given.get("preset", "auto")
     if preset == "auto":
-        data = given.get("data", "")
-        preset = data if data in PRESETS else "imagenet"
-    settings = Settings(**{**PRESETS[preset], **given, "preset": preset})
+        preset = data_preset(given.get("data", ""))
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: no such preset; {nearest(preset, list(PRESETS))}")
+    recipe = PRESETS[preset]
+    model = given.get("model", recipe.settings.get("model", Settings.model))
+    settings = Settings(**{**recipe.settings_of(model), **given, "preset": preset})
     validate(settings)
     return settings
 
@@ -319,7 +328,8 @@ def check_unchanged(settings: Settings, stored: dict[str, Any]) -> None:
     differing = [
         f"{flag_of(name)} {value} (the run has {stored.get(name)})"
         for name, value in kept(settings).items()
-        if value != stored.get(name) and not FIELDS[name].metadata["may_change"]
+        # A run from before a setting existed did what the default does.
+        if value != stored.get(name, FIELDS[name].default) and not FIELDS[name].metadata["may_change"]
     ]
     if differing:
         raise UsageError(
@@ -362,6 +372,11 @@ def validate(settings: Settings) -> None:
         raise UsageError(
             f"--min-lr {settings.min_lr}: must be at most the peak learning rate {settings.peak_lr:g} "
             "(--lr x --batch-size / 512)"
+        )
+    if settings.ema_distillation and not settings.ema_decay:
+        raise UsageError(
+            f"--ema-distillation {settings.ema_distillation}: needs averaged weights, which --ema-decay 0 "
+            "switches off"
         )
 
 

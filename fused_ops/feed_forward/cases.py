@@ -106,6 +106,10 @@ def cases() -> Sequence[Case]:
             # More hidden units than one program's accumulators hold.
             ("wide", (1, 18, 40), {**layer, "expansion": 4, "activation": "gelu_tanh"}),
             ("scaled", (2, 17, 16), {"scaled": True, "expansion": 2, "drop_path": (1.25, 0.0)}),
+            # Beyond what stays on chip: PyTorch's products.
+            ("products_batch", (2, 9, 136), {"expansion": 0.25}),
+            ("products_layer", (3, 5, 144), {**layer, "expansion": 0.25, "drop_path": (0.0, 1.25)}),
+            ("products_convnext", (2, 7, 130), {**convnext, "expansion": 0.2, "activation": "silu"}),
         )
     ]
     awkward = [
@@ -121,7 +125,7 @@ def cases() -> Sequence[Case]:
     ]
     general = [
         *awkward,
-        _case("many_channels", (1, 6, 136), expansion=1),
+        _case("many_channels", (1, 6, 2056), expansion=0.01),
         _case("empty", (0, 6, 8), "awkward", **layer),
     ]
     # Enough tokens for traffic to be their own, few enough programs to count it in the interpreter.
@@ -144,15 +148,18 @@ def cases() -> Sequence[Case]:
             ("96_swin", 96, 4, layer),
             ("128", 128, 4, {}),
             ("128_convnext", 128, 4, convnext),
+            ("320", 320, 4, {}),
+            ("384_convnext", 384, 4, convnext),
+            ("768", 768, 4, {**layer, "drop_path": (0.0, 1.25)}),
             ("128_silu", 128, 2, {**bare, "activation": "silu"}),
         )
     ]
     # (channels, side of the map, expansion, calls), as the models call them at 224.
     published = {
-        "dsnet_small": ({}, [(64, 56, 4, 3), (128, 28, 4, 4)]),
-        "convnext_tiny": (convnext, [(96, 56, 4, 3)]),
+        "dsnet_small": ({}, [(64, 56, 4, 3), (128, 28, 4, 4), (320, 14, 4, 8), (512, 7, 4, 3)]),
+        "convnext_tiny": (convnext, [(96, 56, 4, 3), (192, 28, 4, 3), (384, 14, 4, 9)]),
         "convnext_base": (convnext, [(128, 56, 4, 3)]),
-        "swin_tiny_patch4_window7_224": (layer, [(96, 56, 4, 2)]),
+        "swin_tiny_patch4_window7_224": (layer, [(96, 56, 4, 2), (192, 28, 4, 2), (384, 14, 4, 6)]),
         "pvt_small": (layer, [(64, 56, 8, 3), (128, 28, 8, 3)]),
     }
     model = [

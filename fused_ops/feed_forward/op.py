@@ -53,7 +53,8 @@ class FeedForwardCall:
 
     ``x`` and ``residual`` are (B, N, C). ``norm`` is none, batch or layer; ``mean`` and ``var`` are a
     BatchNorm's running statistics when ``batch_stats`` is false, else None. ``identity``: the residual is
-    ``x``. ``compute`` is the dtype of both products.
+    ``x``. ``compute`` is the dtype of both products. ``keep_value``: what the norm and fc1 give is kept for
+    backward, where tokens are wide.
     """
 
     x: Tensor
@@ -75,7 +76,13 @@ class FeedForwardCall:
     identity: bool
     compute: torch.dtype
     group: str = ""
+    keep_value: bool = False
     needs_grad: bool = False
+
+    @property
+    def has_normalised(self) -> bool:
+        """Whether the norm's output is another tensor than ``x``."""
+        return self.norm != "none" or self.x.dtype != self.compute
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -93,6 +100,7 @@ class FeedForwardCall:
             self.identity,
             self.compute,
             self.group,
+            self.keep_value,
         )
 
     def kind(self) -> dict[str, Any]:
@@ -213,6 +221,8 @@ def checked_call(
     if batch_stats and not call.group:
         check_values_per_channel((batch * tokens, channels, 1, 1))
     call.needs_grad = any_requires_grad(*call.tensors()[:_GRADIENTS], residual)
+    needs_value = any_requires_grad(*call.tensors()[:_GRADIENTS])
+    call.keep_value = needs_value and not triton.is_narrow(channels)
     return call
 
 
@@ -279,7 +289,7 @@ def mlp_block(
         with torch.autocast(x.device.type, enabled=False):
             out = _reference(call, norm)
     else:
-        out, mean, _, unbiased = _DIFFERENTIABLE.run(
+        out, _, _, mean, _, unbiased = _DIFFERENTIABLE.run(
             call.needs_grad, *call.tensors(), *call.options(), backend.name
         )
         if call.batch_stats:
@@ -318,25 +328,36 @@ _INPUTS = (
     "Tensor? residual, Tensor? drop_path"
 )
 _OPTIONS = (
-    "str norm, bool batch_stats, float eps, str activation, bool identity, ScalarType compute, str group"
+    "str norm, bool batch_stats, float eps, str activation, bool identity, ScalarType compute, str group, "
+    "bool keep_value"
 )
 _FORWARD_SCHEMA = (
     f"feed_forward_forward({_INPUTS}, {_OPTIONS}, str backend) "
-    "-> (Tensor out, Tensor batch_mean, Tensor batch_var, Tensor unbiased_var)"
+    "-> (Tensor out, Tensor normalised, Tensor value, "
+    "Tensor batch_mean, Tensor batch_var, Tensor unbiased_var)"
 )
 _BACKWARD_SCHEMA = (
-    f"feed_forward_backward(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[] needs, str backend) "
+    f"feed_forward_backward(Tensor grad, Tensor normalised, Tensor value, {_INPUTS}, {_OPTIONS}, "
+    "bool[] needs, str backend) "
     "-> (Tensor x_grad, Tensor fc1_weight_grad, Tensor fc1_bias_grad, Tensor fc2_weight_grad, "
     "Tensor fc2_bias_grad, Tensor norm_weight_grad, Tensor norm_bias_grad, Tensor layer_scale_grad)"
 )
 
 
 def allocate_forward(call: FeedForwardCall) -> tuple[Tensor, ...]:
-    """Outputs of the forward operator: out, batch mean, var, unbiased var."""
+    """Outputs of the forward operator: out; what the norm and fc1 gave, absent unless kept; batch mean, var,
+    unbiased var."""
     out = torch.empty_like(call.x, dtype=call.out_dtype)
+    value = library.absent(call.x, call.compute)
+    if call.keep_value:
+        rows, channels = call.x.shape[0] * call.x.shape[1], call.x.shape[2]
+        value = call.x.new_empty((rows, call.fc1_weight.shape[0]), dtype=call.compute)
+    normalised = library.absent(call.x, call.compute)
+    if call.keep_value and call.has_normalised:
+        normalised = call.x.new_empty((rows, channels), dtype=call.compute)
     count = call.x.shape[-1] if call.batch_stats else 0
     dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    return out, *(torch.empty(count, dtype=dtype, device=call.x.device) for _ in range(3))
+    return out, normalised, value, *(torch.empty(count, dtype=dtype, device=call.x.device) for _ in range(3))
 
 
 def allocate_backward(call: FeedForwardCall, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -362,13 +383,14 @@ def _forward_fake(*inputs):
     return allocate_forward(FeedForwardCall(*arguments))
 
 
-def _backward(grad, *inputs):
+def _backward(grad, normalised, value, *inputs):
     *arguments, needs, backend = inputs
     call = FeedForwardCall(*arguments)
-    return _BY_NAME[backend].backward(call, grad, list(needs), *allocate_backward(call, needs))
+    gradients = allocate_backward(call, needs)
+    return _BY_NAME[backend].backward(call, grad, normalised, value, list(needs), *gradients)
 
 
-def _backward_fake(grad, *inputs):
+def _backward_fake(grad, normalised, value, *inputs):
     *arguments, needs, _ = inputs
     return allocate_backward(FeedForwardCall(*arguments), needs)
 
@@ -376,13 +398,13 @@ def _backward_fake(grad, *inputs):
 def _setup_context(ctx, inputs, output) -> None:
     tensors, options = inputs[:_COUNT], inputs[_COUNT:]
     *ctx.options, ctx.backend = options
-    _, batch_mean, batch_var, unbiased = output
+    _, normalised, value, batch_mean, batch_var, unbiased = output
     *parameters, mean, var, _, drop_path = tensors
     if options[1]:
         mean, var = batch_mean, batch_var
     # Backward needs the residual's place, not its values.
-    ctx.save_for_backward(*parameters, mean, var, None, drop_path)
-    ctx.mark_non_differentiable(batch_mean, batch_var, unbiased)
+    ctx.save_for_backward(normalised, value, *parameters, mean, var, None, drop_path)
+    ctx.mark_non_differentiable(normalised, value, batch_mean, batch_var, unbiased)
     ctx.set_materialize_grads(False)
 
 
@@ -409,7 +431,7 @@ def _forward_flops(x_shape, fc1_shape, *_, out_shape=None, **__) -> int:
     return 2 * _product_flops(x_shape, fc1_shape[0])
 
 
-def _backward_flops(grad_shape, *arguments, out_shape=None, **__) -> int:
+def _backward_flops(grad_shape, normalised_shape, value_shape, *arguments, out_shape=None, **__) -> int:
     needs = dict(zip(_TENSORS, arguments[-2], strict=False))
     to_input = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     to_hidden = to_input or needs["fc1_weight"] or needs["fc1_bias"]
@@ -424,13 +446,37 @@ def least_bytes(call: FeedForwardCall, direction: str) -> int:
     Forward: x and a residual of its own are read and the result written; batch statistics read x once more.
     Backward, with all gradients: x and the gradient are read once for the gradients of the weights, and once
     more for that of x, which is written: one program cannot hold all weights' gradients and a tile of x.
+
+    Wide tokens have their hidden values in memory, as operands of matrix products; see :func:`_wide_bytes`.
     """
     check_direction(direction)
     x = call.x.element_size() * call.x.numel()
     out = call.out_dtype.itemsize * call.x.numel()
+    if not triton.is_narrow(call.x.shape[-1]):
+        return _wide_bytes(call, direction, x, out)
     if direction == "forward":
         return (1 + call.batch_stats + (call.residual is not None)) * x + out
     return 3 * x + 2 * out
+
+
+def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
+    """What products and passes over wide tokens read and write; ``x`` and ``out``: bytes of each.
+
+    Forward: the norm, fc1, the activation, fc2, the sum with the residual. Backward: each layer's two
+    gradients, the activation and its derivative, the norm's sums and its gradient, both biases'.
+    """
+    packed = call.compute.itemsize * call.x.numel()
+    hidden = packed * call.fc1_weight.shape[0] // max(call.x.shape[-1], 1)
+    layer = packed + hidden
+    norm = x + packed if call.has_normalised else 0
+    residual = x if call.identity or call.residual is not None else 0
+    if direction == "forward":
+        return call.batch_stats * x + norm + 2 * layer + 2 * hidden + packed + residual + out
+    scaled = out + packed if call.drop_path is not None or out != packed else 0
+    sums = x + packed if call.norm != "none" else 0
+    biases = (call.fc1_bias is not None) * hidden + (call.fc2_bias is not None) * packed
+    last = packed + 2 * x + (out if call.identity else 0)
+    return scaled + 4 * layer + 4 * hidden + sums + biases + last
 
 
 BACKENDS = (

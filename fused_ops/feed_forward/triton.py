@@ -1,8 +1,9 @@
 """The Triton backend of the feed-forward chain: what it can run, and its launches.
 
-Launches, forward: one; with batch statistics three (moments of the input, their merge, the pass that writes
-the result). Backward, all gradients: the weights', their merge, the input's. Before either, matrices of
-another dtype than the products' are cast; a layer scale is multiplied into fc2.
+Launches of narrow tokens, forward: one; with batch statistics three (moments of the input, their merge, the
+pass that writes the result). Backward, all gradients: the weights', their merge, the input's. Those of wide
+tokens are in :mod:`fused_ops.feed_forward.triton_wide`. Before either, matrices of another dtype than the
+products' are cast; a layer scale is multiplied into fc2.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch import Tensor
 from fused_ops.core import backends, distributed, tuning
 from fused_ops.core.statistics import merge_moments
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
+from fused_ops.feed_forward import triton_wide
 from fused_ops.feed_forward.triton_backward import finish_kernel, input_kernel, weights_kernel
 from fused_ops.feed_forward.triton_forward import forward_kernel, moments_kernel
 
-# Of wider maps a tile with all channels leaves too few registers for anything else.
-LARGEST_CHANNELS = 128
+# Of wider tokens a tile with all channels leaves too few registers for anything else.
+LARGEST_NARROW = 128
+LARGEST_CHANNELS = 2048
 
 
 def can_run(call: Any) -> tuple[bool, str]:
@@ -34,6 +37,11 @@ def can_run(call: Any) -> tuple[bool, str]:
     if call.x.numel() == 0:
         return False, f"x is empty, {tuple(call.x.shape)}"
     return True, ""
+
+
+def is_narrow(channels: int) -> bool:
+    """Whether hidden units stay on chip."""
+    return channels <= LARGEST_NARROW
 
 
 class Tile(NamedTuple):
@@ -180,21 +188,38 @@ class _Launches:
         return call.fc1_weight.to(call.compute).contiguous(), call.fc1_bias, fc2.contiguous()
 
 
-def forward(call: Any, out: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor) -> tuple[Tensor, ...]:
+def forward(
+    call: Any,
+    out: Tensor,
+    normalised: Tensor,
+    value: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    unbiased: Tensor,
+) -> tuple[Tensor, ...]:
     """Launch the forward kernels of a call that :func:`can_run`; fills and returns the given outputs.
 
     Args:
         call: the checked call.
         out: result (B, N, C).
+        normalised, value: what the norm and fc1 gave, written where ``call.keep_value``.
         mean, var, unbiased: (C) float32, the batch's statistics over the process group, written where
             ``call.batch_stats``.
     """
     with backends.device_of(call.x):
-        _forward(call, out, mean, var, unbiased)
-    return out, mean, var, unbiased
+        _forward(call, out, normalised, value, mean, var, unbiased)
+    return out, normalised, value, mean, var, unbiased
 
 
-def _forward(call: Any, out: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor) -> None:
+def _forward(
+    call: Any,
+    out: Tensor,
+    normalised: Tensor,
+    value: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    unbiased: Tensor,
+) -> None:
     launches = _Launches(call)
     rows, tokens, channels, _ = launches.sizes
     statistics = (call.mean, call.var)
@@ -212,6 +237,9 @@ def _forward(call: Any, out: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor
     fc2_bias = call.fc2_bias
     if fc2_bias is not None and call.layer_scale is not None:
         fc2_bias = fc2_bias.float() * call.layer_scale.float()
+    if not is_narrow(channels):
+        triton_wide.forward(launches, statistics, fc2_bias, out, normalised, value)
+        return
     plan = rows_plan(rows, channels, _tile("forward", call))
     forward_kernel[(plan.programs,)](
         call.x,
@@ -234,22 +262,29 @@ def _forward(call: Any, out: Tensor, mean: Tensor, var: Tensor, unbiased: Tensor
     )
 
 
-def backward(call: Any, grad: Tensor, needs: list[bool], *gradients: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    call: Any, grad: Tensor, normalised: Tensor, value: Tensor, needs: list[bool], *gradients: Tensor
+) -> tuple[Tensor, ...]:
     """Launch the backward kernels; fills the needed ones of the eight gradients and returns all.
 
     Args:
         call: the forward's call, with ``mean`` and ``var`` the statistics that it normalised with.
         grad: (B, N, C) in any layout.
+        normalised, value: what forward kept.
         needs: which of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale get
             a gradient.
         gradients: outputs for them, absent ones empty.
     """
     with backends.device_of(call.x):
-        _backward(call, grad, needs, gradients)
+        wanted = tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        if is_narrow(call.x.shape[-1]):
+            _backward(call, grad, wanted)
+        else:
+            triton_wide.backward(_Launches(call), grad, normalised, value, wanted)
     return gradients
 
 
-def _backward(call: Any, grad: Tensor, needs: list[bool], gradients: tuple[Tensor, ...]) -> None:
+def _backward(call: Any, grad: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
     (
         x_grad,
         fc1_weight_grad,
@@ -259,7 +294,7 @@ def _backward(call: Any, grad: Tensor, needs: list[bool], gradients: tuple[Tenso
         norm_weight_grad,
         norm_bias_grad,
         layer_scale_grad,
-    ) = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    ) = gradients
     launches = _Launches(call)
     rows, _, channels, hidden = launches.sizes
     matrices = launches.matrices()
@@ -352,11 +387,14 @@ def _backward(call: Any, grad: Tensor, needs: list[bool], gradients: tuple[Tenso
 
 
 def launch_count(call: Any, direction: str) -> int:
-    """Launches for ``call``, PyTorch's casts included; ``backward`` with every gradient."""
-    scaled = call.layer_scale is not None
+    """Launches for ``call``, PyTorch's casts and products included; ``backward`` with every gradient."""
+    scaled, biased = call.layer_scale is not None, call.fc2_bias is not None
     fc1_cast, fc2_cast = (weight.dtype != call.compute for weight in (call.fc1_weight, call.fc2_weight))
+    scaling = scaled * (1 + (call.compute != torch.float32))
+    narrow = is_narrow(call.x.shape[-1])
     if direction == "forward":
-        casts = fc1_cast + (fc2_cast if not scaled else 1 + (call.compute != torch.float32))
-        return casts + (scaled and call.fc2_bias is not None) + 1 + 2 * call.batch_stats
-    casts = fc1_cast + fc2_cast + (1 + (call.compute != torch.float32) if scaled else 0)
-    return casts + 3
+        count = fc1_cast + (scaling if scaled else fc2_cast) + (scaled and biased) + 2 * call.batch_stats
+        return count + 1 if narrow else count + triton_wide.launch_count(call, direction)
+    if narrow:
+        return fc1_cast + fc2_cast + scaling + 3
+    return fc1_cast + (scaling if scaled else fc2_cast) + triton_wide.launch_count(call, direction)

@@ -13,6 +13,7 @@ from fused_ops.feed_forward.triton_rows import (
     activated_gradient,
     drop_path_factors,
     load_rows,
+    norm_backward,
     normalise,
     row_pointers,
 )
@@ -274,23 +275,13 @@ def input_kernel(
         value_grad = dot(grad, fc2, tl.zeros((BLOCK_M, BLOCK_HIDDEN), tl.float32))
         value_grad *= activated_gradient(value, ACTIVATION, DTYPE)
         z_grad = dot(value_grad.to(DTYPE), fc1, z_grad)
-    if NORM == "none":
-        x_grad = z_grad
-    else:
-        # From the cache: kept through the loop, they would take registers.
+    if NORM != "none":
+        # From the cache: kept through the loop, it would take registers.
         x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
-        normalised, rstd = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
-        if NORM == "layer":
-            z_grad *= gamma
-            mean = tl.sum(z_grad, axis=1)[:, None] / channels
-            slope = tl.sum(z_grad * normalised, axis=1)[:, None] / channels
-            x_grad = rstd * (z_grad - mean - normalised * slope)
-        else:
-            if norm_sums_ptr is not None:
-                mean = vector(norm_sums_ptr, c, channels, 0.0) * one_over_count
-                slope = vector(norm_sums_ptr + channels, c, channels, 0.0) * one_over_count
-                z_grad -= mean + normalised * slope
-            x_grad = gamma * rstd * z_grad
+    x_grad = norm_backward(
+        z_grad, x, m, c, rows, channels, norm_weight_ptr, mean_ptr, var_ptr, norm_sums_ptr, eps,
+        one_over_count, NORM,
+    )  # fmt: skip
     if IDENTITY:
         x_grad += load_rows(grad_ptr, m, tokens, c, rows, channels, grad_b, grad_n, grad_c)
     ok = (m < rows)[:, None] & (c < channels)[None, :]

@@ -51,6 +51,33 @@ def normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM: tl.constexp
 
 
 @jit
+def norm_backward(
+    z_grad, x, m, c, rows, channels, norm_weight_ptr, mean_ptr, var_ptr, norm_sums_ptr, eps, one_over_count,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the norm's input from that of its output, (BLOCK_M, BLOCK_C) in float32.
+
+    ``norm_sums_ptr`` (2, C): the sums over all tokens, given where batch statistics normalised.
+    """
+    if NORM == "none":
+        return z_grad
+    else:
+        gamma = vector(norm_weight_ptr, c, channels, 1.0)
+        normalised, rstd = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
+        if NORM == "layer":
+            z_grad *= gamma
+            mean = tl.sum(z_grad, axis=1)[:, None] / channels
+            slope = tl.sum(z_grad * normalised, axis=1)[:, None] / channels
+            return rstd * (z_grad - mean - normalised * slope)
+        else:
+            if norm_sums_ptr is not None:
+                mean = vector(norm_sums_ptr, c, channels, 0.0) * one_over_count
+                slope = vector(norm_sums_ptr + channels, c, channels, 0.0) * one_over_count
+                z_grad -= mean + normalised * slope
+            return gamma * rstd * z_grad
+
+
+@jit
 def _normal_distribution(x):
     """The standard normal's distribution function (used on bfloat16 data) as a logistic of an odd polynomial.
 

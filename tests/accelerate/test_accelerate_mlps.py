@@ -199,7 +199,7 @@ def test_a_norm_that_others_read_stays_outside():
 def test_what_is_declined_and_what_is_no_mlp():
     wide = timm_layers.Mlp(192, 384)
     row = mlp_row(fused_ops.accelerate(wide))
-    assert (row.exchanged, row.reason) == (False, "192 channels; the kernels are for up to 128")
+    assert (row.exchanged, row.reason) == (False, "192 channels; up to 128, hidden values stay on chip")
     patched = timm_layers.Mlp(12, 24)
     patched.fc2.forward = lambda x: x[..., :12]
     row = mlp_row(fused_ops.accelerate(patched))

@@ -1,14 +1,16 @@
 """Finding models, and the command that lists them."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from fused_ops.models import create_model, list_models, model_table, systems
-from fused_ops.models.__main__ import main
-from fused_ops.models.registry import System, register_system
+from fused_ops.models.__main__ import describe, main
+from fused_ops.models.registry import System, find_system, preset_of, register_system
+from fused_ops.train.presets import PRESETS
 
 
 def test_list_models():
@@ -74,6 +76,7 @@ def test_json(capsys):
     assert row["input_size"] == [3, 224, 224]
     assert (row["published_params"], row["published_macs"], row["published_top1"]) == (10.5e6, 1.8e9, 79.0)
     assert row["source"]
+    assert row["preset"] == "imagenet"
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -89,6 +92,7 @@ def test_table(capsys, monkeypatch, rich):
     assert "10.534 M" in out
     assert "1.832 G" in out
     assert "not reproduced" in out
+    assert "pvt_v2" in out.split("pvt_v2_b0")[1].splitlines()[0]
 
 
 def test_no_match(capsys):
@@ -104,6 +108,55 @@ def test_command():
     assert run.stderr == ""
 
 
+def test_every_system_has_a_recipe():
+    """A preset that exists, for the system and for each of its models."""
+    assert [system.name for system in systems() if not system.preset] == []
+    for name in list_models():
+        assert preset_of(name) in PRESETS, name
+
+
+def test_every_preset_is_some_systems():
+    used = {preset_of(name) for name in list_models()}
+    # A system may have further ones, for fine-tuning.
+    first = {name for name in PRESETS if not any(name.startswith(f"{other}_") for other in used)}
+    assert first - {"digits", "synthetic"} - used == set()
+    for preset in PRESETS.values():
+        models = [preset.settings.get("model", "dsnet_small"), *preset.by_model]
+        assert [name for name in models if name not in list_models()] == []
+
+
+def test_preset_of_one_model():
+    assert preset_of("sem_resnet_50") == "resnet_gates"
+    assert preset_of("sem_resnet_164_cifar") == "sem_cifar"
+    with pytest.raises(ValueError, match="nearest: pvt_small"):
+        preset_of("pvt_smal")
+
+
+@pytest.mark.parametrize("name", ["fishnet_99", "hrnet_w18_small", "dla60_res2net"])
+def test_no_stochastic_depth(name):
+    """Rate 0 is what such a model has; other rates are refused as timm does."""
+    model = create_model(name, device="meta", num_classes=3, drop_path_rate=0.0)
+    assert model.num_classes == 3
+    with pytest.raises(TypeError, match="drop_path_rate"):
+        create_model(name, device="meta", drop_path_rate=0.1)
+
+
+def test_every_card_says_whose_what_is():
+    for system in systems():
+        text = describe(system)
+        assert "paper" in text or system.paper.split(",")[0] in text, system.name
+        assert re.search(r"code", text), system.name
+        assert re.search(r"infer|reconstruct|this\s+project's", text, re.IGNORECASE), system.name
+        if system.name in ("CAT", "DCDC"):
+            assert "RECONSTRUCTION" in text
+
+
+def test_reconstructions_are_labelled_in_the_table():
+    for row in model_table():
+        if row["system"] in ("CAT", "DCDC"):
+            assert re.search("reconstruct|inferred", row["note"]), row["name"]
+
+
 def test_card(capsys):
     """What is inferred must be said wherever a model is described."""
     assert main(["--card", "hiri_vit_test"]) == 0
@@ -114,7 +167,12 @@ def test_card(capsys):
     assert "checkpoints: none were published" in out
     assert "calls of depthwise" in out
     assert main(["--card", "pvt_test"]) == 0
-    assert "checkpoints: pytorch, whai362/PVT" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checkpoints: pytorch, whai362/PVT" in out
+    assert "fused-ops train --preset pvt --model pvt_test" in out
+    assert main(["--card", "dsnet_tiny"]) == 0
+    assert "published: 9,100,000 parameters" in capsys.readouterr().out
+    assert "window and channel" in describe(find_system("davit_tiny"))
     with pytest.raises(SystemExit):
         main(["--card", "dsnet_smal"])
     assert "nearest: dsnet_small" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
 import timm
 import torch
 from support import golden
+from timm.layers import LayerNorm2d
 from timm.models import convnext, davit, focalnet, nextvit, pvt_v2
 
 import fused_ops
@@ -255,6 +257,51 @@ def test_golden(record_name):
 
     golden.check_eval(model, record, run).check(golden.EVAL_TOLERANCE)
     golden.check_train(model, record, lambda x: [model(x)], names).check(golden.TRAIN_TOLERANCE)
+
+
+# Levels and flags of the recorded calls.
+MODULATIONS = {
+    "focal_modulation_96_l3": (3, {}),
+    "focal_modulation_96_l2_norm_ln": (2, {"use_post_norm": True, "normalize_modulator": True}),
+}
+
+
+def filled_modulation(name):
+    """A record of the authors' focal modulation, and timm's module with the fill, on fused operators."""
+    record = golden.load(name)
+    levels, flags = MODULATIONS[name]
+    # timm's models pass on an epsilon that is not this module's default.
+    norm = functools.partial(LayerNorm2d, eps=1e-5)
+    module = focalnet.FocalModulation(
+        96, focal_window=3, focal_level=levels, norm_layer=norm, **flags
+    ).double()
+    own = module.state_dict()
+    official = {
+        key.replace("norm.", "ln."): value.flatten(1) if re.match(r"(f|proj)\.weight", key) else value
+        for key, value in own.items()
+    }
+    golden.check_layout(official, record)
+    values = golden.fill(official, record["state_dict"]["gain"]).values()
+    module.load_state_dict({key: value.view_as(own[key]) for key, value in zip(own, values, strict=True)})
+    fused_ops.accelerate(module)
+    return record, module
+
+
+def channels_last_run(module, x):
+    """The record has channels in the last dimension, timm's module in the second."""
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", MODULATIONS)
+def test_focal_modulation(name):
+    record, module = filled_modulation(name)
+    names = {"norm.weight": "ln.weight", "norm.bias": "ln.bias"}
+
+    def run(x):
+        return [channels_last_run(module, x)]
+
+    golden.check_eval(module, record, lambda x: (run(x), ())).check(golden.EVAL_TOLERANCE)
+    golden.check_train(module, record, run, names).check(golden.TRAIN_TOLERANCE)
 
 
 def test_rules_do_not_collide():

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from timm.data import create_transform
 from training_helpers import CLASSES, arguments, write_images
 
 from fused_ops.train import main
+from fused_ops.train.engine import build_optimizer, build_scheduler
 from fused_ops.train.settings import (
     MAY_CHANGE,
     PRESETS,
@@ -23,6 +26,9 @@ from fused_ops.train.settings import (
     settings_from,
     split_batch,
 )
+
+# Presets whose numbers are checked with the system that brings them.
+ELSEWHERE = ("hiri_vit", "hiri_vit_768")
 
 
 @pytest.mark.parametrize(
@@ -197,12 +203,192 @@ def test_every_setting_is_a_flag_with_help():
 
 
 def test_presets_are_valid_and_chosen_by_data():
-    for name, values in PRESETS.items():
+    for name in ("imagenet", "digits", "synthetic"):
+        values = PRESETS[name].settings
         settings = settings_from({"data": values.get("data", "folder")})
         assert settings.preset == name
         assert {key: getattr(settings, key) for key in values} == values
+    # A folder may have the name of a system.
+    assert settings_from({"data": "pvt"}).preset == "imagenet"
     assert settings_from({"data": "digits", "epochs": 7}).epochs == 7
     assert "seed" not in MAY_CHANGE
+
+
+# What the recipes are, written from the publications and programs that the presets name and not from the
+# presets: optimizer, rate at its peak, batch, epochs, weight decay, epochs of warm-up, last rate, clipping,
+# random erasing, mixup, CutMix, label smoothing, stochastic depth, averaging.
+RECIPES = {
+    "dsnet_small": ("imagenet", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 0, 0.25, 0.8, 1, 0.1, 0.1, 0.99996),
+    "pvt_small": ("pvt", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 0, 0.25, 0.8, 1, 0.1, 0.1, 0),
+    "pvt_large": ("pvt", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 1, 0.25, 0.8, 1, 0.1, 0.3, 0),
+    "pvt_v2_b2": ("pvt_v2", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 0, 0.25, 0.8, 1, 0.1, 0.1, 0),
+    "pvt_v2_b3": ("pvt_v2", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 1, 0.25, 0.8, 1, 0.1, 0.3, 0),
+    "fcvit_b12": ("fcvit", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-6, 0, 0.25, 0.8, 1, 0.1, 0.1, 0),
+    "fcvit_b48": ("fcvit", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-6, 0, 0.25, 0.8, 1, 0.1, 0.2, 0),
+    "vip_tiny": ("vip", "adamw", 1e-3, 1024, 300, 0.03, 20, 1e-5, 0, 0, 0.8, 1, 0.1, 0.1, 0.99996),
+    "vip_base": ("vip", "adamw", 1e-3, 1024, 300, 0.05, 20, 1e-5, 0, 0, 0.8, 1, 0.1, 0.3, 0.99996),
+    "hlg_small": ("hlg", "adamw", 1e-3, 1024, 300, 0.05, 20, 1e-5, 5, 0.25, 0.8, 1, 0.1, 0.2, 0.99996),
+    "fishnet_150": ("fishnet", "momentum", 0.1, 256, 100, 1e-4, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    "cbam_resnet_50": ("resnet_gates", "momentum", 0.1, 256, 100, 1e-4, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    "sem_resnet_164_cifar": ("sem_cifar", "momentum", 0.1, 128, 164, 1e-4, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    "sda_resnet_86": ("sda", "momentum", 0.1, 256, 120, 1e-4, 0, 0, 0, 0, 0, 0, 0.1, 0, 0),
+    "dcdc_resnet_50": ("dcdc", "sgd", 0.8, 2048, 130, 1e-4, 5, 0, 0, 0, 0, 0, 0, 0, 0),
+    "res2net50_26w_4s": ("res2net", "momentum", 0.1, 256, 100, 1e-4, 0, 0, 0, 0, 0, 0, 0.1, 0, 0),
+    "hrnet_w18": ("hrnet", "sgd", 0.05, 128, 100, 1e-4, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    "focalnet_tiny_srf": (
+        "focalnet",
+        "adamw",
+        1e-3,
+        1024,
+        300,
+        0.05,
+        20,
+        1e-5,
+        5,
+        0.25,
+        0.8,
+        0.8,
+        0.1,
+        0.2,
+        0,
+    ),
+    "focalnet_base_lrf": (
+        "focalnet",
+        "adamw",
+        1e-3,
+        1024,
+        300,
+        0.05,
+        20,
+        1e-5,
+        5,
+        0.25,
+        0.8,
+        0.8,
+        0.1,
+        0.5,
+        0,
+    ),
+    "focalnet_large_fl4": (
+        "focalnet",
+        "adamw",
+        1e-3,
+        4096,
+        90,
+        0.05,
+        5,
+        1e-5,
+        5,
+        0.25,
+        0.8,
+        0.8,
+        0.1,
+        0.2,
+        0,
+    ),
+    "nextvit_large": ("next_vit", "adamw", 2e-3, 2048, 300, 0.1, 20, 1e-5, 5, 0.25, 0.8, 1, 0.1, 0.2, 0),
+    "davit_tiny": ("davit", "adamw", 1e-3, 1024, 300, 0.05, 5, 1e-5, 1, 0.25, 0.8, 1, 0.1, 0.1, 0),
+    "convnext_small": (
+        "convnext",
+        "adamw",
+        4e-3,
+        4096,
+        300,
+        0.05,
+        20,
+        1e-6,
+        0,
+        0.25,
+        0.8,
+        1,
+        0.1,
+        0.4,
+        0.9999,
+    ),
+    "efficientnet_b2": (
+        "efficientnet",
+        "rmsproptf",
+        0.256,
+        4096,
+        350,
+        1e-5,
+        5,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0.1,
+        0.2,
+        0.9999,
+    ),
+    "mobilenetv3_large_100": (
+        *("mobilenetv3", "rmsproptf", 0.1, 4096, 350, 1e-5, 5, 0, 0, 0, 0, 0, 0.1, 0, 0.9999),
+    ),
+}
+AUGMENTED = "rand-m9-mstd0.5-inc1"
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_recipes(model):
+    preset, *expected = RECIPES[model]
+    s = settings_from({"data": "folder", "preset": preset, "model": model})
+    assert s.peak_lr == pytest.approx(expected.pop(1))
+    found = [s.optimizer, s.batch_size, s.epochs, s.weight_decay, s.warmup_epochs, s.min_lr, s.clip_grad]
+    found += [s.random_erasing, s.mixup, s.cutmix, s.label_smoothing, s.drop_path, s.ema_decay]
+    assert found == expected
+    # Repeated augmentation belongs to DeiT's descendants alone.
+    assert s.repeats == (3 if preset in ("imagenet", "pvt", "pvt_v2") else 1)
+    policy = {"efficientnet": "v0"}.get(preset, AUGMENTED if s.optimizer == "adamw" else "none")
+    assert s.rand_augment == policy
+    assert s.cooldown_epochs == (10 if preset in ("fcvit", "vip") else 0)
+    assert split_batch(s, 8).device_batch <= 128
+
+
+def test_every_recipe_is_checked_and_has_a_source():
+    assert {recipe[0] for recipe in RECIPES.values()} == set(PRESETS) - {"digits", "synthetic", *ELSEWHERE}
+    for name, preset in PRESETS.items():
+        assert preset.source, name
+        # Steps and powers of the epoch are no cosine: whoever takes such a preset must be told.
+        if preset.settings.get("optimizer") in ("momentum", "rmsproptf"):
+            assert "along a cosine" in "".join(preset.notes), name
+
+
+def test_preset_brings_its_model():
+    s = settings_from({"data": "folder", "preset": "vip"})
+    assert (s.model, s.drop_path) == ("vip_small", 0.1)
+    # What is given counts more, and a model of timm is known by its own name.
+    s = settings_from({"data": "folder", "preset": "pvt_v2", "model": "timm/pvt_v2_b5", "clip_grad": 2.0})
+    assert (s.drop_path, s.clip_grad) == (0.3, 2.0)
+    s = settings_from({"data": "folder", "preset": "efficientnet", "model": "efficientnet_b7"})
+    assert (s.img_size, s.crop_pct) == (600, 0.949)
+    with pytest.raises(UsageError, match="--preset pvt_v3: no such preset; nearest: pvt_v2"):
+        settings_from({"data": "folder", "preset": "pvt_v3"})
+
+
+@pytest.mark.parametrize("preset", ["efficientnet", "hrnet", "fishnet"])
+def test_optimizer_and_policy_of_a_recipe_are_timms(preset):
+    """Names that this program does not check itself lead to what they say."""
+    s = settings_from({"data": "folder", "preset": preset})
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(s, model, torch.device("cpu"))
+    assert optimizer.defaults["momentum"] == 0.9
+    assert optimizer.defaults.get("nesterov", False) == (preset == "hrnet")
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.0, s.weight_decay}
+    assert build_scheduler(s, optimizer, 10)._get_lr(s.epochs * 10 - 1)[0] < 1e-3 * s.peak_lr
+    policy = None if s.rand_augment == "none" else s.rand_augment
+    steps = create_transform(32, is_training=True, auto_augment=policy).transforms
+    assert any(type(step).__name__ == "AutoAugment" for step in steps) == (preset == "efficientnet")
+
+
+def test_help_lists_the_presets(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = build_parser().format_help().split("Presets, each")[1].splitlines()
+    for name in PRESETS:
+        assert any(line.startswith(f"  {name}: ") for line in lines), name
+    assert max(map(len, lines)) < 80
+    assert "here it falls along a cosine" in " ".join(" ".join(lines).split())
 
 
 def test_help_needs_no_timm():

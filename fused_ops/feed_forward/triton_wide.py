@@ -1,0 +1,446 @@
+"""The feed-forward chain of wide tokens: PyTorch's matrix products, and Triton kernels for all in between.
+
+A tile with all channels of wide tokens leaves no registers for hidden units beside it, so the hidden map is
+in memory here, as a product's output and another's input. The kernels do each other step in one pass over it
+or over the tokens: the norm; the activation; its derivative together with the activation itself, which is not
+kept; drop path and residual; the norm's backward with the residual's gradient.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ops.core import distributed
+from fused_ops.core.statistics import finish_gradients
+from fused_ops.core.triton_matrices import vector
+from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
+from fused_ops.feed_forward.triton_rows import (
+    activated,
+    activated_gradient,
+    drop_path_factors,
+    load_rows,
+    norm_backward,
+    normalise,
+    row_pointers,
+)
+
+
+@jit
+def normalise_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean_ptr,
+    var_ptr,
+    out_ptr,
+    rows,
+    tokens,
+    channels,
+    x_b,
+    x_n,
+    x_c,
+    eps,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The norm's output, packed (rows, C), in the dtype of the products. One program: (BLOCK_M, BLOCK_C)."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
+    z, _ = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
+    z = z * vector(norm_weight_ptr, c, channels, 1.0) + vector(norm_bias_ptr, c, channels, 0.0)
+    ok = (m < rows)[:, None] & (c < channels)[None, :]
+    where = row_pointers(out_ptr, m, rows, c, 0, channels, 1)
+    tl.store(where, z.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@jit
+def residual_kernel(
+    value_ptr,
+    residual_ptr,
+    drop_path_ptr,
+    out_ptr,
+    rows,
+    tokens,
+    channels,
+    value_b,
+    value_n,
+    value_c,
+    residual_b,
+    residual_n,
+    residual_c,
+    out_b,
+    out_n,
+    out_c,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """value times its image's factor, plus the residual, where they are given; tiles (BLOCK_M, BLOCK_C)."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    out = load_rows(value_ptr, m, tokens, c, rows, channels, value_b, value_n, value_c)
+    if drop_path_ptr is not None:
+        out *= drop_path_factors(drop_path_ptr, m, tokens, rows)
+    if residual_ptr is not None:
+        out += load_rows(residual_ptr, m, tokens, c, rows, channels, residual_b, residual_n, residual_c)
+    ok = (m < rows)[:, None] & (c < channels)[None, :]
+    where = row_pointers(out_ptr, m, tokens, c, out_b, out_n, out_c)
+    tl.store(where, out.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@jit
+def activation_kernel(value_ptr, out_ptr, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """The activation of ``count`` values, BLOCK per program."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(value_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    out = activated(value, ACTIVATION, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < count)
+
+
+@jit
+def activation_backward_kernel(
+    value_ptr, grad_ptr, out_ptr, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Multiplies the gradient by the activation's derivative, in place; the activation where it is wanted."""
+    DTYPE: tl.constexpr = value_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(value_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    if out_ptr is not None:
+        tl.store(out_ptr + i, activated(value, ACTIVATION, DTYPE).to(DTYPE), mask=i < count)
+    if grad_ptr is not None:
+        grad = tl.load(grad_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+        grad *= activated_gradient(value, ACTIVATION, DTYPE)
+        tl.store(grad_ptr + i, grad.to(DTYPE), mask=i < count)
+
+
+@jit
+def norm_sums_kernel(
+    z_grad_ptr,
+    x_ptr,
+    mean_ptr,
+    var_ptr,
+    parts_ptr,
+    rows,
+    tokens,
+    channels,
+    tiles_each,
+    x_b,
+    x_n,
+    x_c,
+    eps,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums over ``tiles_each`` tiles (BLOCK_M, BLOCK_C) of the gradient of the norm's output, and of it times
+    the normalised value: a part (2, C) per program.
+    """
+    c = tl.arange(0, BLOCK_C)
+    first = tl.zeros((BLOCK_C,), tl.float32)
+    second = tl.zeros((BLOCK_C,), tl.float32)
+    start = tl.program_id(0) * tiles_each * BLOCK_M
+    for tile in range(tiles_each):
+        m = start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        z_grad = load_rows(z_grad_ptr, m, rows, c, rows, channels, 0, channels, 1)
+        x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
+        normalised, _ = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
+        first += tl.sum(z_grad, axis=0)
+        second += tl.sum(z_grad * normalised, axis=0)
+    base = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(base, first, mask=c < channels)
+    tl.store(base + channels, second, mask=c < channels)
+
+
+@jit
+def norm_backward_kernel(
+    z_grad_ptr,
+    x_ptr,
+    grad_ptr,
+    norm_weight_ptr,
+    mean_ptr,
+    var_ptr,
+    norm_sums_ptr,
+    x_grad_ptr,
+    rows,
+    tokens,
+    channels,
+    x_b,
+    x_n,
+    x_c,
+    grad_b,
+    grad_n,
+    grad_c,
+    x_grad_b,
+    x_grad_n,
+    x_grad_c,
+    eps,
+    one_over_count,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The input's gradient; ``grad_ptr`` is the residual's share, given where that is the input."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    z_grad = load_rows(z_grad_ptr, m, rows, c, rows, channels, 0, channels, 1)
+    x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
+    x_grad = norm_backward(
+        z_grad, x, m, c, rows, channels, norm_weight_ptr, mean_ptr, var_ptr, norm_sums_ptr, eps,
+        one_over_count, NORM,
+    )  # fmt: skip
+    if grad_ptr is not None:
+        x_grad += load_rows(grad_ptr, m, tokens, c, rows, channels, grad_b, grad_n, grad_c)
+    ok = (m < rows)[:, None] & (c < channels)[None, :]
+    where = row_pointers(x_grad_ptr, m, tokens, c, x_grad_b, x_grad_n, x_grad_c)
+    tl.store(where, x_grad.to(x_grad_ptr.dtype.element_ty), mask=ok)
+
+
+@lru_cache(maxsize=4096)
+def _rows_plan(rows: int, channels: int) -> tuple[int, dict[str, Any]]:
+    """Programs and options of a pass over tokens: tiles of 2048 values, and at least one token."""
+    block_c = next_power_of_2(channels)
+    block_m = max(1, 2048 // block_c)
+    meta = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": 4, "enable_fp_fusion": True}
+    return ceil_div(rows, block_m), meta
+
+
+_VALUES = 2048
+
+
+def _flat(count: int) -> tuple[tuple[int], dict[str, Any]]:
+    return (ceil_div(count, _VALUES),), {"BLOCK": _VALUES, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def _product(values: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """values (rows, K) times weight (N, K) transposed, plus bias."""
+    if bias is None:
+        return torch.mm(values, weight.t(), out=out)
+    return torch.addmm(bias.to(values.dtype), values, weight.t(), out=out)
+
+
+def _normalised(launches: Any, statistics: tuple[Tensor | None, Tensor | None], out: Tensor) -> Tensor:
+    """The norm's output, packed (rows, C); in ``out`` unless it is x itself."""
+    call = launches.call
+    rows, tokens, channels, _ = launches.sizes
+    if not call.has_normalised:
+        return call.x.reshape(rows, channels)
+    programs, meta = _rows_plan(rows, channels)
+    normalise_kernel[(programs,)](
+        call.x,
+        *launches.vectors,
+        *statistics,
+        out,
+        rows,
+        tokens,
+        channels,
+        *call.x.stride(),
+        call.eps,
+        NORM=call.norm,
+        **meta,
+    )
+    return out
+
+
+def _scaled(launches: Any, value: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """``out`` = value (B, N, C) times drop path plus residual."""
+    rows, tokens, channels, _ = launches.sizes
+    programs, meta = _rows_plan(rows, channels)
+    residual_kernel[(programs,)](
+        value,
+        residual,
+        launches.call.drop_path,
+        out,
+        rows,
+        tokens,
+        channels,
+        *value.stride(),
+        *(0, 0, 0) if residual is None else residual.stride(),
+        *out.stride(),
+        **meta,
+    )
+
+
+def forward(
+    launches: Any,
+    statistics: tuple[Tensor | None, Tensor | None],
+    fc2_bias: Tensor | None,
+    out: Tensor,
+    normalised: Tensor,
+    value: Tensor,
+) -> None:
+    """Fills ``out`` (B, N, C), and the other two where they are kept.
+
+    Args:
+        launches: of the call, see :mod:`fused_ops.feed_forward.triton`.
+        statistics: mean and variance (C) that a BatchNorm normalises with.
+        fc2_bias: after the layer scale, (C), or None.
+        normalised, value: what the norm gave, (rows, C), and fc1, (rows, hidden); empty where not kept.
+    """
+    call = launches.call
+    rows, _, channels, _ = launches.sizes
+    fc1_weight, fc1_bias, fc2_weight = launches.matrices()
+    if not call.keep_value:
+        normalised = call.x.new_empty((rows, channels) if call.has_normalised else 0, dtype=call.compute)
+        value = call.x.new_empty((rows, launches.hidden), dtype=call.compute)
+    _product(_normalised(launches, statistics, normalised), fc1_weight, fc1_bias, value)
+    # Without a gradient to come, in place.
+    hidden = torch.empty_like(value) if call.keep_value else value
+    grid, meta = _flat(value.numel())
+    activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
+    branch = _product(hidden, fc2_weight, fc2_bias, call.x.new_empty((rows, channels), dtype=call.compute))
+    residual = call.x if call.identity else call.residual
+    _scaled(launches, branch.view(call.x.shape), residual, out)
+
+
+def backward(
+    launches: Any,
+    grad: Tensor,
+    normalised: Tensor,
+    value: Tensor,
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    """Fills the gradients that are not None.
+
+    Args:
+        grad: of the result (B, N, C), in any layout.
+        normalised, value: what :func:`forward` kept.
+        gradients: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale.
+    """
+    (
+        x_grad,
+        fc1_weight_grad,
+        fc1_bias_grad,
+        fc2_weight_grad,
+        fc2_bias_grad,
+        norm_weight_grad,
+        norm_bias_grad,
+        layer_scale_grad,
+    ) = gradients
+    call = launches.call
+    rows, tokens, channels, _ = launches.sizes
+    fc1_weight, _, fc2_weight = launches.matrices()
+    statistics = (call.mean, call.var)
+    branch_grad = grad
+    if call.drop_path is not None or grad.dtype != call.compute or not grad.is_contiguous():
+        branch_grad = torch.empty(call.x.shape, dtype=call.compute, device=grad.device)
+        _scaled(launches, grad, None, branch_grad)
+    branch_grad = branch_grad.view(rows, channels)
+
+    affine = norm_weight_grad is not None or norm_bias_grad is not None
+    to_input = x_grad is not None or affine
+    to_value = to_input or fc1_weight_grad is not None or fc1_bias_grad is not None
+    of_fc2 = fc2_weight_grad is not None or layer_scale_grad is not None
+    value_grad = branch_grad @ fc2_weight if to_value else None
+    hidden = torch.empty_like(value) if of_fc2 else None
+    if to_value or of_fc2:
+        grid, meta = _flat(value.numel())
+        activation_backward_kernel[grid](
+            value, value_grad, hidden, value.numel(), ACTIVATION=call.activation, **meta
+        )
+    if of_fc2:
+        _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+    if fc2_bias_grad is not None:
+        total = branch_grad.sum(0, dtype=torch.float32)
+        fc2_bias_grad.copy_(total if call.layer_scale is None else total * call.layer_scale)
+    if fc1_bias_grad is not None:
+        fc1_bias_grad.copy_(value_grad.sum(0, dtype=torch.float32))
+    if fc1_weight_grad is not None:
+        normalised = normalised if call.has_normalised else call.x.reshape(rows, channels)
+        fc1_weight_grad.copy_(value_grad.t() @ normalised)
+    if not to_input:
+        return
+
+    z_grad = value_grad @ fc1_weight
+    programs, meta = _rows_plan(rows, channels)
+    kinds = {"NORM": call.norm, **meta}
+    sums = None
+    if affine or call.batch_stats:
+        sums = launches.floats(2 * channels).view(2, channels) if call.batch_stats else None
+        each = max(1, ceil_div(programs, 528))
+        parts = ceil_div(programs, each)
+        partial = launches.floats(parts * 2 * channels)
+        norm_sums_kernel[(parts,)](
+            z_grad,
+            call.x,
+            *statistics,
+            partial,
+            rows,
+            tokens,
+            channels,
+            each,
+            *call.x.stride(),
+            call.eps,
+            **kinds,
+        )
+        finish_gradients(
+            partial,
+            channels,
+            parts=0,
+            part_stride=0,
+            sums=(0, parts, 2 * channels),
+            norm_weight_grad=norm_weight_grad,
+            norm_bias_grad=norm_bias_grad,
+            sums_out=sums,
+        )
+    if x_grad is None:
+        return
+    if sums is not None and call.group:
+        distributed.exchange_sums(sums, rows, call.group)
+    norm_backward_kernel[(programs,)](
+        z_grad,
+        call.x,
+        grad if call.identity else None,
+        call.norm_weight,
+        *statistics,
+        sums,
+        x_grad,
+        rows,
+        tokens,
+        channels,
+        *call.x.stride(),
+        *grad.stride(),
+        *x_grad.stride(),
+        call.eps,
+        1.0 / rows,
+        **kinds,
+    )
+
+
+def _fc2_gradients(
+    launches: Any,
+    branch_grad: Tensor,
+    hidden: Tensor,
+    fc2_weight_grad: Tensor | None,
+    layer_scale_grad: Tensor | None,
+) -> None:
+    """Gradients of fc2's weight and of the layer scale from that of their result (rows, C)."""
+    call = launches.call
+    product = branch_grad.t() @ hidden
+    if fc2_weight_grad is not None:
+        scale = None if call.layer_scale is None else call.layer_scale.float()[:, None]
+        fc2_weight_grad.copy_(product if scale is None else product * scale)
+    if layer_scale_grad is not None:
+        total = (product.float() * call.fc2_weight.float()).sum(1)
+        if call.fc2_bias is not None:
+            total += branch_grad.sum(0, dtype=torch.float32) * call.fc2_bias.float()
+        layer_scale_grad.copy_(total)
+
+
+def launch_count(call: Any, direction: str) -> int:
+    """Launches beside those for the matrices and a BatchNorm's statistics; PyTorch's included."""
+    biases = [bias for bias in (call.fc1_bias, call.fc2_bias) if bias is not None]
+    if direction == "forward":
+        # The norm, fc1, the activation, fc2, the residual.
+        return call.has_normalised + 4 + sum(bias.dtype != call.compute for bias in biases)
+    scaled = int(call.layer_scale is not None)
+    # Products: each layer's two; the activation; copies to both weights' gradients; the input's gradient.
+    count = 4 + 1 + 2 + 1 + 2 * (call.norm != "none")
+    count += int(call.drop_path is not None or call.out_dtype != call.compute)
+    count += 2 * len(biases) + scaled * (1 + (call.fc2_bias is not None))
+    # The layer scale's gradient: two casts, product, sum and copy; fc2's bias in it: sum, product, addition.
+    return count + scaled * (5 + 3 * (call.fc2_bias is not None))
