@@ -36,6 +36,7 @@ from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.checks import check_activation, check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
+from fused_ops.feed_forward.module import mlp_on_modules
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
@@ -220,8 +221,18 @@ class FFN(nn.Module):
         self.activation = details.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = FUNCTIONS[self.activation](self.fc1(self.norm(x).permute(0, 2, 3, 1)))
-        return x + self.drop_path(self.fc2(tokens).permute(0, 3, 1, 2))
+        tokens = x.permute(0, 2, 3, 1)
+        factors = self.drop_path.factors(x)
+        out = mlp_on_modules(
+            tokens,
+            self.norm,
+            self.fc1,
+            self.fc2,
+            activation=self.activation,
+            drop_path=factors,
+            residual=tokens,
+        )
+        return out.permute(0, 3, 1, 2)
 
 
 class TransformerBlock(nn.Module):

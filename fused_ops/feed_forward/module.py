@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import check_activation, check_choice
 from fused_ops.core.drop_path import DropPath
@@ -17,6 +16,7 @@ from fused_ops.feed_forward.op import mlp_block
 NORMS = ("layer", "batch", "none")
 # Where layers come from whose parameters say all that they do.
 _STOCK = ("torch.", "fused_ops.")
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, type(None))
 
 
 def norm_state(norm: nn.Module | None) -> BatchNormState | LayerNormState | None:
@@ -43,7 +43,8 @@ def mlp_on_modules(
 
     Args:
         x: tokens (B, ..., C), with 1x1 convolutions as ``fc1`` and ``fc2`` maps (B, C, H, W).
-        norm: BatchNorm, LayerNorm over channels, Identity or None.
+        norm: BatchNorm, LayerNorm over channels, Identity or None; one of another kind, which a converter put
+            in the place of a BatchNorm2d, is called with channels first.
         options: further arguments of :func:`mlp_block`; a ``residual`` in the shape of ``x``.
 
     Returns:
@@ -53,8 +54,10 @@ def mlp_on_modules(
     biases = {"fc1_bias": fc1.bias, "fc2_bias": fc2.bias}
     is_map = isinstance(fc1, nn.Conv2d)
     tokens = x.permute(0, 2, 3, 1) if is_map else x
-    if (residual := options.get("residual")) is not None and is_map:
-        options["residual"] = tokens if residual is x else residual.permute(0, 2, 3, 1)
+    if (residual := options.get("residual")) is not None:
+        options["residual"] = tokens if residual is x else residual.movedim(1, -1) if is_map else residual
+    if not isinstance(norm, _NORMS):
+        tokens, norm = norm(tokens.movedim(-1, 1)).movedim(1, -1).to(x.dtype), None
     out = mlp_block(tokens, *weights, norm_state(norm), **biases, **options)
     return out.permute(0, 3, 1, 2) if is_map else out
 
@@ -69,7 +72,6 @@ def residual_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: DropPath
     layers = (mlp.fc1, mlp.fc2)
     stock = all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers)
     stock = stock and all(type(layer).__module__.startswith(_STOCK) for layer in layers)
-    stock = stock and isinstance(norm, nn.LayerNorm | nn.BatchNorm2d | nn.SyncBatchNorm)
     stock = stock and type(mlp.act) is nn.GELU and not (mlp.drop.training and mlp.drop.p > 0.0)
     if not stock:
         return x + drop_path(mlp(norm(x)))
@@ -83,7 +85,7 @@ class MLPBlock(nn.Module):
 
     The submodules ``norm``, ``fc1`` and ``fc2`` are stock modules that hold the parameters;
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` finds the norm. A norm of another kind that a converter
-    puts in its place runs the stock way, with everything else.
+    puts in its place is called as it is.
 
     Args:
         dim: channels C.
@@ -141,9 +143,6 @@ class MLPBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.drop_path.factors(x)
-        if not isinstance(self.norm, nn.LayerNorm | nn.BatchNorm2d | nn.SyncBatchNorm | nn.Identity):
-            return self._stock(x, factors)
         return mlp_on_modules(
             x,
             self.norm,
@@ -151,19 +150,9 @@ class MLPBlock(nn.Module):
             self.fc2,
             activation=self.activation,
             layer_scale=self.gamma,
-            drop_path=factors,
+            drop_path=self.drop_path.factors(x),
             residual=x if self.shortcut else None,
         )
-
-    def _stock(self, x: Tensor, factors: Tensor | None) -> Tensor:
-        # What a converter puts in the place of a BatchNorm2d takes channels first.
-        z = self.norm(x.movedim(-1, 1)).movedim(1, -1)
-        out = self.fc2(FUNCTIONS[self.activation](self.fc1(z)))
-        if self.gamma is not None:
-            out = out * self.gamma
-        if factors is not None:
-            out = out * factors.view(-1, *(1,) * (x.dim() - 1)).to(out.dtype)
-        return x + out if self.shortcut else out
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, shortcut={self.shortcut}"

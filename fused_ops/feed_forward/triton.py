@@ -79,9 +79,9 @@ def heuristic(kernel: str, channels: int, hidden: int, size: int) -> Tile:
         # Both matrices pass through every program: larger tiles read them less often.
         tokens, chunk = (128, 32) if block_c <= 64 else (64, 64)
     elif kernel == "input":
-        tokens, chunk = 64, 64 if block_c <= 64 else 32
+        tokens, chunk = 64, 32
     else:
-        tokens, chunk = {64: (16, 128), 128: (32, 32)}.get(block_c, (32, 128))
+        tokens, chunk = {64: (16, 128), 128: (16, 32)}.get(block_c, (32, 128))
     return Tile(tokens, min(max(16, next_power_of_2(hidden)), chunk), 8)
 
 
@@ -116,7 +116,7 @@ def _tile(kernel: str, call: Any) -> Tile:
 
 
 def _options(tile: Tile, channels: int, stages: int) -> dict[str, Any]:
-    return {
+    options = {
         "BLOCK_M": tile.tokens,
         "BLOCK_C": _block_c(channels),
         "BLOCK_HIDDEN": tile.hidden,
@@ -124,6 +124,10 @@ def _options(tile: Tile, channels: int, stages: int) -> dict[str, Any]:
         "num_stages": stages,
         "enable_fp_fusion": True,
     }
+    if options["BLOCK_C"] >= 64:
+        # Some compilers would take a few more, others spill a value to stay far below.
+        options["maxnreg"] = 240
+    return options
 
 
 @lru_cache(maxsize=4096)

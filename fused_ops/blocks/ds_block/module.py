@@ -20,6 +20,7 @@ from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 from fused_ops.feed_forward.module import residual_mlp
+from fused_ops.resample import resample_map
 
 _EPS = 1e-5
 
@@ -215,9 +216,7 @@ class DSBlock(nn.Module):
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize without corner alignment and antialiasing; the identity for the same size."""
-    if (x.shape[-2], x.shape[-1]) == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=False)
+    return x if (x.shape[-2], x.shape[-1]) == size else resample_map(x, size)
 
 
 def _check_arguments(
