@@ -460,14 +460,16 @@ def least_bytes(call: FeedForwardCall, direction: str) -> int:
 
 
 def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
-    """What products and passes over wide tokens read and write; ``x`` and ``out``: bytes of each.
+    """What products and passes over wide tokens read and write, the products' matrices too.
+
+    ``x`` and ``out`` are bytes of each.
 
     Forward: the norm, fc1, the activation, fc2, the sum with the residual. Backward: each layer's two
     gradients, the activation and its derivative, the norm's sums and its gradient, both biases'.
     """
     packed = call.compute.itemsize * call.x.numel()
     hidden = packed * call.fc1_weight.shape[0] // max(call.x.shape[-1], 1)
-    layer = packed + hidden
+    layer = packed + hidden + call.compute.itemsize * call.fc1_weight.numel()
     norm = x + packed if call.has_normalised else 0
     residual = x if call.identity or call.residual is not None else 0
     if direction == "forward":

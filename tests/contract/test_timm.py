@@ -116,8 +116,23 @@ class Recorder:
             self.layers[key] = (module, x.clone(memory_format=torch.preserve_format))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize(("name", "size"), MODELS.items())
+# Triton's interpreter takes half a minute and more for each of the other two.
+QUICK = ("convnext_tiny", "pvt_v2_b0")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "backend"),
+    [
+        pytest.param(
+            name,
+            size,
+            backend,
+            marks=[pytest.mark.extended] if backend == "triton" and name not in QUICK else [],
+        )
+        for name, size in MODELS.items()
+        for backend in ("triton", "cuda")
+    ],
+)
 def test_layers_on_kernels(name, size, backend, request):
     """Every kind of layer of the model, forced onto kernels with an input of the model's own (C1)."""
     require(backend, "cpu", request)

@@ -9,7 +9,7 @@ from fused_ops.models import create_model, load_checkpoint, official_state_dict
 NAMES = [
     "dsnet_tiny_star",
     pytest.param("dsnet_small_star", marks=pytest.mark.slow),
-    pytest.param("dsnet_base_star", marks=pytest.mark.slow),
+    pytest.param("dsnet_base_star", marks=pytest.mark.extended),
 ]
 
 

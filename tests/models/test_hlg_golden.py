@@ -10,7 +10,7 @@ from support import golden, staged_backbones
 
 @pytest.mark.parametrize(
     "name",
-    ["hlg_tiny_dense_repaired", pytest.param("hlg_small_dense_repaired", marks=pytest.mark.slow)],
+    ["hlg_tiny_dense_repaired", pytest.param("hlg_small_dense_repaired", marks=pytest.mark.extended)],
 )
 def test_dense(name):
     record, model = staged_backbones.filled(name, features_only=True, output_norm=True)
