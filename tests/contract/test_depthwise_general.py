@@ -164,7 +164,11 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    # 81 taps, one after another, cost a quarter of a minute.
+    [pytest.param(name, marks=[pytest.mark.extended] if name == "k9_groups" else []) for name in CALLS],
+)
 def test_three_way(name, device):
     """C1, C4: the grid of geometries, layouts and placements in float32."""
     require("triton", device)

@@ -37,7 +37,7 @@ def copy_kernel(source, target, BLOCK: tl.constexpr):
         ("triton", "identity", {"forward", "backward"}),
         ("triton", "pre_train", {"forward", "backward"}),
         ("triton", "post_train_silu", {"forward", "backward"}),
-        ("triton", "post_eval_relu6", {"forward", "backward"}),
+        pytest.param("triton", "post_eval_relu6", {"forward", "backward"}, marks=pytest.mark.extended),
         ("triton", "conv", {"forward", "backward"}),
         ("cuda", "identity", {"forward", "backward"}),
         ("cuda", "pre_train", {"forward", "backward"}),

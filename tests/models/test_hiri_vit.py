@@ -102,7 +102,12 @@ def four_stages(**kwargs):
     return create_model("hiri_vit_small_224", **{**arguments, "stem_dim": 8, **kwargs})
 
 
-@pytest.mark.parametrize("name", COUNTED)
+LARGE = ("hiri_vit_base", "hiri_vit_large")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] if name in LARGE else []) for name in COUNTED]
+)
 def test_counts(name):
     params, macs = COUNTED[name]
     size = backbones.table_row(name).input_size[-1]

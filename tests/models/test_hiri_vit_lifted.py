@@ -73,7 +73,7 @@ def test_all_are_registered():
         assert "inferred" in info.note
 
 
-@pytest.mark.parametrize("name", LIFTED)
+@pytest.mark.parametrize("name", with_large(LIFTED))
 def test_parameters(name):
     base, front = name.split("_lift")[0], TABLE[name.split("_lift")[0]][:2]
     model = create_model(name, device="meta")

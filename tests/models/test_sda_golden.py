@@ -4,7 +4,8 @@ import pytest
 from support import backbones, golden
 
 NAMES = ["sda_resnet_86", "sda_senet_86", "sda_res2net_86", "sda_pyconv_86"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+LONG = ("sda_senet_86", "sda_pyconv_86")
+RUN = [pytest.param(name, marks=pytest.mark.extended) if name in LONG else name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -12,7 +13,7 @@ def test_layout(name):
     backbones.check_official_names(name, golden.load(name))
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *SLOW[1:]])
+@pytest.mark.parametrize("name", RUN)
 def test_eval(name):
     record = golden.load(name)
     model = backbones.filled(name, record)
@@ -27,7 +28,7 @@ def test_eval(name):
     golden.check_eval(model, record, run).check(golden.EVAL_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", RUN)
 def test_train(name):
     record = golden.load(name)
     model = backbones.filled(name, record)

@@ -75,7 +75,7 @@ def torchrun(command: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("model", [CONVNEXT, "dsnet_test"])
+@pytest.mark.parametrize("model", [pytest.param(CONVNEXT, marks=pytest.mark.extended), "dsnet_test"])
 def test_two_processes_equal_one(model, image_folder, tmp_path):
     """With everything random on. Parameters agree with BatchNorm too, since its statistics belong to passes.
 

@@ -65,7 +65,7 @@ def test_recipe_of_lifted_backbones():
         assert (s.ema_distillation == 0.0) == name.startswith("davit")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_distillation_costs_no_accuracy_on_digits(tmp_path, capsys):
     """A very small HIRI-ViT on mixed digits, cut short; both runs are the same but for the targets."""
     command = "--data=digits --model=hiri_vit_test --img-size=64 --mixup=0.8 --cutmix=1 --epochs=4 --json"
