@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
+def _factors(x: Tensor, drop_prob: float) -> Tensor:
+    """0 or 1 / (1 - drop_prob) for each sample, (B, 1, ...) with as many dimensions as ``x``."""
+    keep_prob = 1.0 - drop_prob
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+    return mask / keep_prob if keep_prob > 0.0 else mask
+
+
 def drop_path(x: Tensor, drop_prob: float, training: bool) -> Tensor:
     """Zero ``x`` for a random subset of the batch and rescale the rest by ``1 / (1 - drop_prob)``.
 
@@ -18,11 +25,7 @@ def drop_path(x: Tensor, drop_prob: float, training: bool) -> Tensor:
     """
     if drop_prob == 0.0 or not training:
         return x
-    keep_prob = 1.0 - drop_prob
-    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
-    if keep_prob > 0.0:
-        mask = mask / keep_prob
-    return x * mask
+    return x * _factors(x, drop_prob)
 
 
 class DropPath(nn.Module):
@@ -48,7 +51,7 @@ class DropPath(nn.Module):
         """What this call would multiply each image of ``x`` by, (B), the same draw; None for 1."""
         if self.drop_prob == 0.0 or not self.training:
             return None
-        return self(x.new_ones((x.shape[0],) + (1,) * (x.ndim - 1))).flatten()
+        return _factors(x, self.drop_prob).flatten()
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"
