@@ -286,14 +286,18 @@ def test_layouts_of_input_and_gradient(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_large_offsets(device):
-    """C5: an image more than 2**31 elements into its buffer is read at the right place."""
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 20, 16), (2**30, 16, 1)), ((2, 3, 16), (16, 2**30, 1))],
+    ids=["image", "token"],
+)
+def test_large_offsets(shape, strides, device):
+    """C5: what lies more than 2**31 elements into its buffer is read at the right place."""
     require("triton", device)
-    image_stride = 2**30
     # On the CPU the pages in between are never touched, so they cost no memory.
-    buffer = torch.empty(2 * image_stride + 400, dtype=torch.float16, device=device)
-    x = buffer.as_strided((3, 20, 16), (image_stride, 16, 1))
-    x.copy_(torch.randn(3, 20, 16))
+    buffer = torch.empty(2**31 + 400, dtype=torch.float16, device=device)
+    x = buffer.as_strided(shape, strides)
+    x.copy_(torch.randn(shape))
     arguments = arguments_of("layer", torch.float16, device, x=x, residual=x)
     got = run(OPERATOR, arguments, "triton", gradients=False)["out"]
     plain = {**arguments, "x": x.clone(), "residual": x.clone()}
