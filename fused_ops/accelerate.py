@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -434,7 +434,7 @@ class _Plan:
         return (self.module, self.norm, self.activation, *self.others)
 
 
-class _Family:
+class _Family(Protocol):
     """Modules that are exchanged alike.
 
     Attributes:
@@ -446,17 +446,14 @@ class _Family:
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
         """What there is in ``model``; adds the ids of the modules that it takes to ``claimed``."""
-        raise NotImplementedError
 
     @staticmethod
     def mixin(role: int, module: nn.Module) -> type[_Exchanged]:
         """What the member in place ``role`` becomes."""
-        raise NotImplementedError
 
     @staticmethod
     def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
         """Bytes of a call of the exchanged module: in separate passes, and fused."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -501,6 +498,12 @@ def _is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("fused_ops.") and not type(module).__module__.startswith(
         "fused_ops.models."
     )
+
+
+def _inside_ours(model: nn.Module) -> set[int]:
+    """Ids of the modules inside of fused ones of this package."""
+    ours = (module for module in model.modules() if _is_ours(module))
+    return {id(inner) for module in ours for inner in module.modules() if inner is not module}
 
 
 class _Skeleton:
@@ -821,13 +824,11 @@ class _Depthwise(_Family):
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
         owners: dict[int, int] = {}
-        fused = set()
         for module in model.modules():
             for child in module._modules.values():
                 if child is not None:
                     owners[id(child)] = owners.get(id(child), 0) + 1
-            if _is_ours(module):
-                fused.update(id(inner) for inner in module.modules() if inner is not module)
+        fused = _inside_ours(model)
         plans = []
         for name, conv in model.named_modules():
             if not isinstance(conv, nn.Conv2d) or conv.groups == 1 or conv.groups != conv.in_channels:
@@ -925,7 +926,7 @@ class _Mlps(_Family):
 
     @staticmethod
     def plans(model: nn.Module, flow: _Flow, claimed: set[int]) -> list[_Plan]:
-        fused = {id(inner) for module in model.modules() if _is_ours(module) for inner in module.modules()}
+        fused = _inside_ours(model)
         plans = []
         for name, fc1 in model.named_modules():
             if not _is_layer(fc1) or id(fc1) in claimed or id(fc1) in fused:

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.contract import (
+    ACTIVATIONS,
     DEVICES,
     RecordCalls,
     assert_three_way,
     case_named,
+    check_operators,
     convert,
     cotangent,
     make,
@@ -48,15 +50,6 @@ INPUTS = (
     "norm.bias",
     "layer_scale",
 )
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 
 
 def case(name):
@@ -456,15 +449,7 @@ def test_flops():
 def test_opcheck(name):
     """G3: schema and fake of both torch operators."""
     require("triton", "cpu")
-    arguments = arguments_of(name)
-    with RecordCalls(OPERATOR.overloads) as recorded, fused_ops.backend("triton"):
-        out = OPERATOR.function(**arguments)
-        leaves = [tensor for tensor in named_tensors(arguments).values() if tensor.requires_grad]
-        torch.autograd.grad(out.sum(), leaves)
-    assert [function for function, _ in recorded.calls] == list(OPERATOR.overloads)
-    for function, args in recorded.calls:
-        detached = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        torch.library.opcheck(function, detached, test_utils=("test_schema", "test_faketensor"))
+    check_operators(OPERATOR, arguments_of(name))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.contract import (
+    ACTIVATIONS,
     DEVICES,
     RecordCalls,
     assert_three_way,
     case_named,
+    check_operators,
     convert,
     cotangent,
     make,
@@ -43,15 +45,6 @@ INPUTS = (
     "norm.weight",
     "norm.bias",
 )
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 
 
 def case(name):
@@ -355,15 +348,7 @@ def test_flops():
 def test_opcheck():
     """G3: schema and fake of both torch operators."""
     require("triton", "cpu")
-    arguments = arguments_of("train")
-    with RecordCalls(OPERATOR.overloads) as recorded, fused_ops.backend("triton"):
-        out = OPERATOR.function(**arguments)
-        leaves = [tensor for tensor in named_tensors(arguments).values() if tensor.requires_grad]
-        torch.autograd.grad(out.sum(), leaves)
-    assert [function for function, _ in recorded.calls] == list(OPERATOR.overloads)
-    for function, args in recorded.calls:
-        detached = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        torch.library.opcheck(function, detached, test_utils=("test_schema", "test_faketensor"))
+    check_operators(OPERATOR, arguments_of("train"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

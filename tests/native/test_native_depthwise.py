@@ -7,20 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from support.contract import ACTIVATIONS
 
 from fused_ops.core import native
 from fused_ops.depthwise import cuda
 from fused_ops.depthwise.op import DepthwiseCall
 
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,16 @@ from fused_ops.core import environment, library, native
 from fused_ops.core.cases import Case
 
 CPU = torch.device("cpu")
+# By PyTorch's own functions, for oracles that use nothing of the package.
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
 # Devices on which kernels can be tested: the interpreter and the emulator run them on CPU tensors.
 DEVICES = (
     pytest.param("cpu", id="cpu"),
@@ -118,3 +129,15 @@ def require(backend: str, device: str, request: pytest.FixtureRequest | None = N
             request.getfixturevalue("emulator")
     elif backend == "cuda" and not native.status()[0]:
         pytest.skip(native.status()[1])
+
+
+def check_operators(operator: library.Operator, arguments: dict[str, Any]) -> None:
+    """G3: schema and fake of the torch operators that a call on Triton and its backward go through."""
+    with RecordCalls(operator.overloads) as recorded, fused_ops.backend("triton"):
+        out = operator.function(**arguments)
+        leaves = [tensor for tensor in named_tensors(arguments).values() if tensor.requires_grad]
+        torch.autograd.grad(out.sum(), leaves)
+    assert [function for function, _ in recorded.calls] == list(operator.overloads)
+    for function, args in recorded.calls:
+        detached = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        torch.library.opcheck(function, detached, test_utils=("test_schema", "test_faketensor"))
