@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fused_ops.core.triton_matrices import dot, vector, weight_chunk
+from fused_ops.core.triton_moments import add_to_moments, store_moments
 from fused_ops.core.triton_support import jit, tl
 from fused_ops.feed_forward.triton_rows import (
     activated,
@@ -34,7 +35,6 @@ def moments_kernel(
     part = tl.program_id(0) // blocks
     parts = tl.num_programs(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Welford's recurrence per row of the tile: no difference of large sums, no reduction in the loop.
     count = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -43,22 +43,8 @@ def moments_kernel(
         m = start + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
         ok = (m < rows)[:, None] & (c < channels)[None, :]
-        count += tl.where(m < rows, 1.0, 0.0)
-        difference = tl.where(ok, x - mean, 0.0)
-        mean += difference / tl.maximum(count, 1.0)[:, None]
-        m2 += difference * tl.where(ok, x - mean, 0.0)
-    total = tl.sum(count, axis=0)
-    # A program's first row always exists. Deviations from it keep sums small under a large mean.
-    is_first = (tl.arange(0, BLOCK_M) == 0)[:, None]
-    shift = tl.sum(tl.where(is_first, mean, 0.0), axis=0)
-    part_mean = shift + tl.sum(count[:, None] * (mean - shift[None, :]), axis=0) / total
-    deviation = mean - part_mean[None, :]
-    part_m2 = tl.sum(m2 + count[:, None] * deviation * deviation, axis=0)
-    base = moments_ptr + part.to(tl.int64) * 2 * channels + c
-    tl.store(base, part_mean, mask=c < channels)
-    tl.store(base + channels, part_m2, mask=c < channels)
-    # Every channel block of this part writes the same number.
-    tl.store(moments_ptr + parts.to(tl.int64) * 2 * channels + part, total)
+        count, mean, m2 = add_to_moments(count, mean, m2, x, m < rows, ok)
+    store_moments(moments_ptr, count, mean, m2, part, parts, c, channels)
 
 
 @jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fused_ops.core.activations import activate
 from fused_ops.core.triton_matrices import dot, vector, weight_chunk
+from fused_ops.core.triton_moments import add_to_moments, store_moments
 from fused_ops.core.triton_support import jit, tl
 from fused_ops.hr_chain.triton_tiles import (
     dense,
@@ -47,7 +48,6 @@ def statistics_kernel(
     part = tl.program_id(0) // blocks
     parts = tl.num_programs(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Welford's recurrence per position of the tile: no difference of large sums, no reduction in the loop.
     count = tl.zeros((TILE_H * TILE_W,), tl.float32)
     mean = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
     m2 = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
@@ -75,22 +75,9 @@ def statistics_kernel(
         if low_ptr is not None:
             where = low_ptr + dense(image, i, j, c, low_height, low_width, channels)
             tl.store(where, value.to(low_ptr.dtype.element_ty), mask=ok)
-        count += tl.where((i < low_height) & (j < low_width), 1.0, 0.0)
-        difference = tl.where(ok, value - mean, 0.0)
-        mean += difference / tl.maximum(count, 1.0)[:, None]
-        m2 += difference * tl.where(ok, value - mean, 0.0)
-    total = tl.sum(count, axis=0)
-    # The first pixel of a tile always lies inside. Deviations from it keep sums small under a large mean.
-    is_first = (tl.arange(0, TILE_H * TILE_W) == 0)[:, None]
-    shift = tl.sum(tl.where(is_first, mean, 0.0), axis=0)
-    part_mean = shift + tl.sum(count[:, None] * (mean - shift[None, :]), axis=0) / total
-    deviation = mean - part_mean[None, :]
-    part_m2 = tl.sum(m2 + count[:, None] * deviation * deviation, axis=0)
-    base = moments_ptr + part.to(tl.int64) * 2 * channels + c
-    tl.store(base, part_mean, mask=c < channels)
-    tl.store(base + channels, part_m2, mask=c < channels)
-    # Every channel block of this part writes the same number.
-    tl.store(moments_ptr + parts.to(tl.int64) * 2 * channels + part, total)
+        row_ok = (i < low_height) & (j < low_width)
+        count, mean, m2 = add_to_moments(count, mean, m2, value, row_ok, ok)
+    store_moments(moments_ptr, count, mean, m2, part, parts, c, channels)
 
 
 @jit
