@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fused_ops import Report, accelerate
-from fused_ops.accelerate import KINDS
+from fused_ops.acceleration.report import KINDS
 from fused_ops.bench.results import print_table
 from fused_ops.core.files import write_atomically
 from fused_ops.models.named import add_input_options, check_input_options, prepare
@@ -27,10 +27,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TIMM_MODELS = (
     "convnext_atto",
     "cspnext_tiny",
+    "ecaresnet26t",
     "edgenext_xx_small",
     "efficientnet_b0",
     "efficientvit_b0",
     "fastvit_t8",
+    "focalnet_tiny_srf",
+    "gcresnet33ts",
     "ghostnet_050",
     "hardcorenas_a",
     "hgnetv2_b0",
@@ -42,6 +45,7 @@ TIMM_MODELS = (
     "mobilenetv3_small_050",
     "mobilenetv4_conv_small_050",
     "mobilevit_xxs",
+    "nextvit_small",
     "pvt_v2_b0",
     "regnetx_002",
     "repvit_m0_9",
@@ -49,9 +53,12 @@ TIMM_MODELS = (
     "rexnet_100",
     "starnet_s1",
     "swiftformer_xs",
+    "test_convnext",
     "test_mambaout",
+    "test_vit",
     "tf_efficientnet_lite0",
     "tinynet_e",
+    "twins_pcpvt_small",
 )
 TORCHVISION_MODELS = (
     "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",
@@ -78,7 +85,8 @@ def entry(name: str) -> dict[str, Any]:
     training = argparse.Namespace(
         batch=BATCH, size=None, dtype="bfloat16", layout="channels_last", eval=False
     )
-    report, example = report_of(name, training, "cpu")
+    # The zoo's models of the same names are exchanged already.
+    report, example = report_of(f"timm/{name}" if name in TIMM_MODELS else name, training, "cpu")
     weighed = [row for row in report.results if row.exchanged and row.stock_bytes is not None]
     kinds = Counter((row.pattern, row.exchanged, row.reason) for row in report.results)
     return {

@@ -16,6 +16,48 @@ REDUCTIONS = ("conv", "pool", "token_pool")
 POOLED_SIZE = 7
 
 
+def reduced_attention(
+    module: nn.Module, x: Tensor, size: Sequence[int] | None, reduction: str, ratio: int
+) -> Tensor:
+    """:class:`SpatialReductionAttention` with the submodules of another module, which have the same names.
+
+    Args:
+        module: has ``num_heads`` and the layers that the class says for ``reduction``, dropouts included.
+        x, size: as of the class.
+        reduction, ratio: ``conv``, ``pool`` or ``token_pool``, and R.
+    """
+    reduced = _reduce(module, x, size, reduction, ratio)
+    heads = (module.num_heads, -1)
+    query = module.q(x).unflatten(-1, heads)
+    if reduction == "token_pool":
+        key, value = module.k(reduced).unflatten(-1, heads), module.v(reduced).unflatten(-1, heads)
+    else:
+        key, value = module.kv(reduced).unflatten(-1, (2, *heads)).unbind(2)
+    dropout = module.attn_drop.p if module.training else 0.0
+    out = few_key_attention(query, key, value, dropout=dropout)
+    return module.proj_drop(module.proj(out.flatten(2)))
+
+
+def _reduce(module: nn.Module, x: Tensor, size: Sequence[int] | None, reduction: str, ratio: int) -> Tensor:
+    """The tokens that keys and values are taken from, (B, Nk, dim)."""
+    if ratio == 1 and reduction != "pool":
+        return x
+    if reduction == "token_pool":
+        run = ratio**2
+        count = x.shape[1] // run
+        pooled = x[:, : count * run].unflatten(1, (count, run)).mean(2)
+        # (B * Nk, dim) has the same statistics as (B, dim, Nk), and needs no transposed copy.
+        return module.norm(pooled.flatten(0, 1)).unflatten(0, (x.shape[0], count))
+    if size is None or size[0] * size[1] != x.shape[1]:
+        raise ValueError(f"size={size} does not fit the {x.shape[1]} tokens; it must be (height, width)")
+    # A channels_last view of the tokens, so that nothing is copied on the way to the convolution.
+    grid = x.unflatten(1, (size[0], size[1])).permute(0, 3, 1, 2)
+    if reduction == "pool":
+        grid = F.adaptive_avg_pool2d(grid, POOLED_SIZE)
+    tokens = module.norm(module.sr(grid).permute(0, 2, 3, 1).flatten(1, 2))
+    return F.gelu(tokens) if reduction == "pool" else tokens
+
+
 class SpatialReductionAttention(nn.Module):
     """softmax(Q Kᵀ / sqrt(d)) V with an output projection; K and V from a reduced map.
 
@@ -94,40 +136,7 @@ class SpatialReductionAttention(nn.Module):
             self.norm = nn.BatchNorm1d(dim, eps=norm_eps, **factory)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        reduced = self._reduce(x, size)
-        heads = (self.num_heads, -1)
-        query = self.q(x).unflatten(-1, heads)
-        if self.reduction == "token_pool":
-            key, value = self.k(reduced).unflatten(-1, heads), self.v(reduced).unflatten(-1, heads)
-        else:
-            key, value = self.kv(reduced).unflatten(-1, (2, *heads)).unbind(2)
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = few_key_attention(query, key, value, dropout=dropout)
-        return self.proj_drop(self.proj(out.flatten(2)))
-
-    def _reduce(self, x: Tensor, size: Sequence[int] | None) -> Tensor:
-        """The tokens that keys and values are taken from, (B, Nk, dim)."""
-        if self.reduction == "token_pool":
-            return self._pool_tokens(x)
-        if self.reduction == "conv" and self.reduction_ratio == 1:
-            return x
-        if size is None or size[0] * size[1] != x.shape[1]:
-            raise ValueError(f"size={size} does not fit the {x.shape[1]} tokens; it must be (height, width)")
-        # A channels_last view of the tokens, so that nothing is copied on the way to the convolution.
-        grid = x.unflatten(1, (size[0], size[1])).permute(0, 3, 1, 2)
-        if self.reduction == "pool":
-            grid = F.adaptive_avg_pool2d(grid, POOLED_SIZE)
-        tokens = self.norm(self.sr(grid).permute(0, 2, 3, 1).flatten(1, 2))
-        return F.gelu(tokens) if self.reduction == "pool" else tokens
-
-    def _pool_tokens(self, x: Tensor) -> Tensor:
-        if self.reduction_ratio == 1:
-            return x
-        run = self.reduction_ratio**2
-        count = x.shape[1] // run
-        pooled = x[:, : count * run].unflatten(1, (count, run)).mean(2)
-        # (B * Nk, dim) has the same statistics as (B, dim, Nk), and needs no transposed copy.
-        return self.norm(pooled.flatten(0, 1)).unflatten(0, (x.shape[0], count))
+        return reduced_attention(self, x, size, self.reduction, self.reduction_ratio)
 
     def extra_repr(self) -> str:
         return (

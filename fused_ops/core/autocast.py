@@ -14,6 +14,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with ``x`` have: the autocast's, or its own."""
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+
+
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What autocast does to an input: floating-point tensors but float64 ones are cast; None passes."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:

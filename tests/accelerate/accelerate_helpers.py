@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+
+import fused_ops
 
 SIZE = 64
 
@@ -74,6 +77,30 @@ def training_step(model: nn.Module) -> dict[str, Tensor]:
     results |= {f"grad of image {index}": leaf.grad for index, leaf in enumerate(leaves)}
     results |= {f"grad of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return results | {f"state {name}": value.clone() for name, value in model.state_dict().items()}
+
+
+def module_step(
+    model: nn.Module,
+    shape: Sequence[int],
+    backend: str = "reference",
+    seed: int = 0,
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x),
+) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a forward and backward pass of a module, which stays as it was."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    dtype = next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with fused_ops.backend(backend):
+        out = call(model, x)
+        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)).sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return {"out": out.detach(), "x": x.grad, **gradients, **buffers}
 
 
 def inference(model: nn.Module) -> dict[str, Tensor]:

@@ -247,7 +247,7 @@ def test_own_forward_is_left_alone():
 
 def test_dense_and_grouped_convolutions_are_no_rows():
     model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2))
-    nothing = "no depthwise convolutions, MLPs or squeeze-and-excitation modules"
+    nothing = "no depthwise convolutions, spatial-reduction attentions, MLPs or gates"
     assert str(fused_ops.accelerate(model)) == nothing
 
 
@@ -609,7 +609,7 @@ def test_command(monkeypatch, capsys):
     status, out, _ = run("timm/lcnet_035", "--size", "64")
     assert status == 0
     assert "timm/lcnet_035, 2x3x64x64 float32 channels_last, training" in out
-    assert "13 of 13 depthwise convolutions, 2 of 2 squeeze-and-excitation modules exchanged" in out
+    assert "13 of 13 depthwise convolutions, 2 of 2 gates exchanged" in out
     assert "blocks.0.0.conv_dw" in out
     status, out, _ = run("lcnet_035", "--json")
     assert status == 0

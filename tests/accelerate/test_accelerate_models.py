@@ -21,10 +21,13 @@ from fused_ops.bench.accelerate import MODELS, RESULTS, entry, markdown
 EXCHANGED = {
     "convnext_atto": (0, 0, 12),
     "cspnext_tiny": (0, 4, 4),
+    "ecaresnet26t": (0, 0, 0),
     "edgenext_xx_small": (0, 0, 15),
     "efficientnet_b0": (0, 16, 16),
     "efficientvit_b0": (0, 5, 15),
     "fastvit_t8": (32, 0, 32),
+    "focalnet_tiny_srf": (24, 0, 24),
+    "gcresnet33ts": (0, 0, 0),
     "ghostnet_050": (25, 16, 41),
     "hardcorenas_a": (0, 11, 11),
     "hgnetv2_b0": (3, 9, 12),
@@ -36,6 +39,7 @@ EXCHANGED = {
     "mobilenetv3_small_050": (0, 11, 11),
     "mobilenetv4_conv_small_050": (4, 11, 15),
     "mobilevit_xxs": (0, 7, 7),
+    "nextvit_small": (0, 0, 0),
     "pvt_v2_b0": (0, 0, 8),
     "regnetx_002": (0, 0, 0),
     "repvit_m0_9": (26, 0, 49),
@@ -43,9 +47,12 @@ EXCHANGED = {
     "rexnet_100": (13, 3, 16),
     "starnet_s1": (15, 0, 30),
     "swiftformer_xs": (16, 0, 16),
+    "test_convnext": (0, 0, 9),
     "test_mambaout": (0, 0, 6),
+    "test_vit": (0, 0, 0),
     "tf_efficientnet_lite0": (0, 12, 12),
     "tinynet_e": (0, 10, 10),
+    "twins_pcpvt_small": (0, 0, 4),
     "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn": (0, 15, 15),
     "torchvision/lraspp_mobilenet_v3_large": (0, 15, 15),
     "torchvision/mnasnet0_5": (0, 17, 17),
@@ -64,10 +71,32 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+GATES = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SqueezeExcitation", "EcaModule", "GlobalContext")
+# Attention with a path of its own to keys and values, by model.
+RESIDUAL = " -> + residual"
+# How many operators take in the addition after them, by model.
+ADDITIONS = {
+    "convnext_atto": 4,
+    "ecaresnet26t": 8,
+    "edgenext_xx_small": 10,
+    "fastvit_t8": 20,
+    "focalnet_tiny_srf": 2,
+    "inception_next_atto": 4,
+    "mobilevit_xxs": 9,
+    "nextvit_small": 3,
+    "repvit_m0_9": 46,
+    "starnet_s1": 15,
+    "swiftformer_xs": 12,
+    "test_convnext": 9,
+    "test_vit": 6,
+    "twins_pcpvt_small": 11,
+}
+ATTENTIONS = {"nextvit_small": 4, "pvt_v2_b0": 8, "twins_pcpvt_small": 16}
+
+
 def gates(model: torch.nn.Module) -> int:
-    """Squeeze-and-excitation modules, by what their classes are called."""
-    names = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SqueezeExcitation")
-    return sum(type(module).__name__.removeprefix("Accelerated") in names for module in model.modules())
+    """By what their classes are called."""
+    return sum(type(module).__name__.removeprefix("Accelerated") in GATES for module in model.modules())
 
 
 def snapshot(model: torch.nn.Module) -> list[tuple[str, int, type, list[str]]]:
@@ -81,8 +110,11 @@ def test_same_model(name):
     fused = copy.deepcopy(stock)
     before, state = snapshot(fused), fused.state_dict()
     report = fused_ops.accelerate(fused)
-    kinds = [row.pattern.count("->") for row in report.results if row.exchanged and row.kind == "depthwise"]
-    assert sum(row.exchanged and row.kind == "squeeze_excite" for row in report.results) == gates(stock)
+    done = [row for row in report.results if row.exchanged]
+    kinds = [row.pattern.removesuffix(RESIDUAL).count("->") for row in done if row.kind == "depthwise"]
+    assert sum(row.kind == "gate" for row in done) == gates(stock)
+    assert sum(row.kind == "attention" for row in done) == ATTENTIONS.get(name, 0)
+    assert sum(row.pattern.endswith(RESIDUAL) for row in done) == ADDITIONS.get(name, 0)
     assert (kinds.count(1), kinds.count(2), len(kinds)) == EXCHANGED[name]
     assert [n for n, *_ in snapshot(fused)] == [n for n, *_ in before]
     assert fused.state_dict().keys() == state.keys()

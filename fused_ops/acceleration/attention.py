@@ -1,0 +1,102 @@
+"""Self-attention on a reduced map, of PVTv2, Twins and Next-ViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_ops.acceleration.exchange import ATTRIBUTE, Exchanged, active_members, is_hooked, type_name
+from fused_ops.acceleration.flow import Flow
+from fused_ops.acceleration.plan import Family, Plan
+from fused_ops.attention.module import POOLED_SIZE, reduced_attention
+from fused_ops.core.checks import FLOAT_TYPES
+
+_CLASSES = {
+    "timm.models.pvt_v2.Attention",
+    "timm.models.twins.GlobalSubSampleAttn",
+    "timm.models.nextvit.EfficientAttention",
+}
+
+
+def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and not is_hooked(module) and "forward" not in module.__dict__
+
+
+def _form(module: nn.Module) -> tuple[str, int] | None:
+    """The reduction and its ratio, as ``reduced_attention`` takes them; None for what it cannot do.
+
+    Parts that are read and not called, or called with other dimensions, must be stock ones without hooks.
+    """
+    if hasattr(module, "k"):
+        if module.sr is None:
+            return "token_pool", 1
+        norm = _is_unwatched(module.norm, nn.BatchNorm1d) or _is_unwatched(module.norm, nn.Identity)
+        pooled = _is_unwatched(module.sr, nn.AvgPool1d) and norm
+        return ("token_pool", module.sr_ratio) if pooled else None
+    if getattr(module, "pool", None) is not None:
+        pooled = _is_unwatched(module.pool, nn.AdaptiveAvgPool2d) and module.pool.output_size == POOLED_SIZE
+        gelu = _is_unwatched(module.act, nn.GELU) and module.act.approximate == "none"
+        return ("pool", 1) if pooled and gelu else None
+    return ("conv", 1) if module.sr is None else ("conv", module.sr.stride[0])
+
+
+class _Attention(Exchanged):
+    def forward(self, x: Tensor, *size: Any, **named: Any) -> Tensor:
+        # Tracers see the stock module.
+        suited = not isinstance(x, fx.Proxy) and x.dim() == 3 and x.dtype in FLOAT_TYPES and not named
+        form = _form(self) if suited and active_members(self, 0) is not None else None
+        if form is None:
+            return super().forward(x, *size, **named)
+        return reduced_attention(self, x, size[0] if size else None, *form)
+
+
+class Attentions(Family):
+    """Modules whose keys and values come from a reduced map."""
+
+    kind = "attention"
+    whole = _CLASSES
+
+    @staticmethod
+    def mixin(role: int, module: nn.Module) -> type[Exchanged]:
+        return _Attention
+
+    @staticmethod
+    def plans(model: nn.Module, flow: Flow, claimed: set[int]) -> list[Plan]:
+        plans = []
+        for name, module in model.named_modules():
+            if type_name(module) not in _CLASSES:
+                continue
+            plan, form = Plan(Attentions, name, module), _form(module)
+            chain = module.__dict__.get(ATTRIBUTE)
+            if chain is not None:
+                plan.mark_exchanged(chain)
+            elif "forward" in module.__dict__:
+                plan.declined = "has a forward of its own"
+            elif is_hooked(module):
+                plan.declined = "has hooks"
+            elif form is None:
+                plan.declined = "its reduction has hooks or parts of another kind"
+            reduction = "" if form is None else f", {form[0].replace('_', ' ')} {form[1]}"
+            plan.pattern = f"attention of {module.num_heads} heads{reduction}"
+            plans.append(plan)
+        return plans
+
+    @staticmethod
+    def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Bytes of a call; projections, the reduction and what there is one of per query are left out.
+
+        Forward, both ways: queries, keys and values are read, the output is written. Backward, stock: the
+        output and its gradient are read for their products, then queries, keys, values and the gradient, and
+        three gradients are written; fused: the output is not read and the gradient once.
+        """
+        reduction, ratio = _form(module)
+        query = x.element_size() * x.shape[0] * x.shape[1] * module.q.out_features
+        tokens = POOLED_SIZE**2 if reduction == "pool" else x.shape[1] // ratio**2
+        key = query // max(x.shape[1], 1) * tokens
+        forward = 2 * query + 2 * key
+        trained = x.requires_grad or any(p.requires_grad for p in module.parameters())
+        if not (torch.is_grad_enabled() and trained):
+            return forward, forward
+        return forward + 5 * query + 4 * key, forward + 3 * query + 4 * key

@@ -1,0 +1,73 @@
+"""Which stock modules there is an operator for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fused_ops.acceleration.exchange import stock_type, type_name
+from fused_ops.core.batch_norm import BatchNormState
+
+_TIMM_NORM_ACT = "timm.layers.norm_act."
+PLAIN_BATCH_NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.batchnorm.SyncBatchNorm",
+}
+BATCH_NORMS = PLAIN_BATCH_NORMS | {
+    _TIMM_NORM_ACT + "BatchNormAct2d",
+    _TIMM_NORM_ACT + "SyncBatchNormAct",
+}
+FROZEN_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d", _TIMM_NORM_ACT + "FrozenBatchNormAct2d"}
+# LayerNorm over the last dimension of tokens, and over the channels of maps.
+TOKEN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
+MAP_NORMS = {"timm.layers.norm.LayerNorm2d", "torchvision.models.convnext.LayerNorm2d"}
+# By name, since neither timm nor torchvision need be installed.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.ReLU6": "relu6",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Hardswish": "hardswish",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.HardSwish": "hardswish",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
+
+def activation_of(module: nn.Module | None) -> str | None:
+    """The operator's name for an activation module; None for what it has none for."""
+    if module is None or "forward" in module.__dict__:
+        return None
+    if stock_type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATIONS.get(type_name(module))
+
+
+# What multiplies by factors per channel or per image, moves dimensions, or does nothing.
+_SCALES = {
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.dropout.Dropout",
+    "timm.layers.layer_scale.LayerScale",
+    "timm.layers.layer_scale.LayerScale2d",
+    "timm.layers.drop.DropPath",
+    "timm.models.swiftformer.LayerScale2d",
+    "torchvision.ops.misc.Permute",
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+}
+
+
+def only_scales(module: nn.Module) -> bool:
+    return type_name(module) in _SCALES and "forward" not in module.__dict__
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    known = BATCH_NORMS | FROZEN_NORMS
+    return module is not None and type_name(module) in known and "forward" not in module.__dict__
+
+
+def holds_activation(norm: nn.Module) -> bool:
+    return type_name(norm).startswith(_TIMM_NORM_ACT)
+
+
+def frozen_state(norm: nn.Module) -> BatchNormState:
+    statistics = (norm.running_mean, norm.running_var)
+    return BatchNormState(norm.weight, norm.bias, *statistics, False, 0.0, norm.eps)
