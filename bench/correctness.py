@@ -22,11 +22,18 @@ def is_parameter(name: str) -> bool:
 
 
 def named_tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of an operator's arguments by name, each once; in a named tuple as ``argument.field``."""
+    """Tensors of an operator's arguments by name, each once.
+
+    Those of a named tuple are ``argument.field``, of another tuple or a list ``argument.index``.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in arguments.items():
-        fields = value._asdict() if hasattr(value, "_asdict") else {"": value}
+        fields = {"": value}
+        if hasattr(value, "_asdict"):
+            fields = value._asdict()
+        elif isinstance(value, (tuple, list)):
+            fields = {str(index): entry for index, entry in enumerate(value)}
         for field, entry in fields.items():
             if isinstance(entry, Tensor) and id(entry) not in seen:
                 seen.add(id(entry))
@@ -62,6 +69,8 @@ def copy_arguments(
             if evaluation and "batch_stats" in fields:
                 fields["batch_stats"] = False
             return type(value)(**fields)
+        if isinstance(value, (tuple, list)):
+            return type(value)(visit(f"{name}.{index}", entry) for index, entry in enumerate(value))
         return value
 
     def one(name: str, value: Tensor) -> Tensor:

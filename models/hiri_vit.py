@@ -36,7 +36,7 @@ from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.checks import check_activation, check_choice
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
-from fused_ops.feed_forward.module import mlp_on_modules
+from fused_ops.feed_forward.module import conv_mlp_on_modules, mlp_on_modules
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     ChannelLayerNorm,
@@ -202,10 +202,18 @@ class CFFN(nn.Module):
         self.activation = details.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.fc1(self.norm(x).permute(0, 2, 3, 1))
-        z = FUNCTIONS[self.activation](tokens).permute(0, 3, 1, 2)
-        z = depthwise_conv(z, self.dw.weight, self.dw.bias, padding=1, residual=z)
-        return x + self.drop_path(self.fc2(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return conv_mlp_on_modules(
+            x,
+            self.norm,
+            self.fc1,
+            self.dw,
+            self.fc2,
+            activation=self.activation,
+            conv_activation="none",
+            conv_identity=True,
+            drop_path=self.drop_path.factors(x),
+            residual=x,
+        )
 
 
 class FFN(nn.Module):
@@ -692,6 +700,7 @@ SYSTEM = register_system(
         "IEEE TPAMI 2024, arXiv 2403.11999",
         model_class=HIRIViT,
         preset="hiri_vit",
+        fused=("attention", "depthwise", "feed_forward_conv", "hr_chain"),
         models={
             "hiri_vit_small": _info(34_413_032, 4_974_549_248, 448, 5.0e9, 84.3),
             "hiri_vit_base": _info(

@@ -23,6 +23,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fused_ops.attention import SpatialReductionAttention
+from fused_ops.attention.module import residual_attention
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.initialise import init_linear
@@ -95,7 +96,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        x = residual_attention(x, self.norm1, self.attn, size, self.drop_path)
         return residual_mlp(x, self.norm2, self.mlp, self.drop_path)
 
 
@@ -366,6 +367,7 @@ SYSTEM = register_system(
         "Convolutions, ICCV 2021, arXiv 2102.12122",
         model_class=PVT,
         preset="pvt",
+        fused=("attention", "feed_forward"),
         models={
             "pvt_tiny": _info(13_229_288, 1_932_911_616, (13.2, 1.9, 75.1)),
             "pvt_small": _info(24_485_864, 3_815_701_504, (24.5, 3.8, 79.8)),

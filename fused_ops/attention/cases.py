@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.cases import Case, make_map
+from fused_ops.core.layer_norm import LayerNormState
 
 
 def _tokens(
@@ -149,4 +150,122 @@ def cases() -> Sequence[Case]:
         _case("detection_67200x1050_h1", (2, 67200, 1050, 1, 64), "model"),
         _case("detection_linear_67200x49_h1", (2, 67200, 49, 1, 64), "model"),
     ]
+    return (*tiny, *general, *counted, *model)
+
+
+def _block_case(
+    name: str,
+    shape: tuple[int, int, int, int, int, int],
+    *tags: str,
+    norm: bool = True,
+    biases: bool = True,
+    residual: str = "input",
+    masked: bool = False,
+    drop_path: bool = False,
+    model: str = "",
+    calls: int = 1,
+) -> Case:
+    """A case of the attention block, (B, N, C, Nk, heads, d); ``residual``: input, other or none."""
+    batch, tokens, channels, keys, heads, head_dim = shape
+
+    def make(
+        generator: torch.Generator, dtype: torch.dtype, device: torch.device, layout: str
+    ) -> dict[str, Any]:
+        parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def parameter(*sizes: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
+            values = torch.randn(sizes, generator=generator, dtype=torch.float64) * scale + mean
+            return values.to(device=device, dtype=parameters).requires_grad_()
+
+        (x,) = _tokens((batch, tokens, 1, channels), 1, generator, dtype, device, layout)
+        key, value = _tokens((batch, keys, heads, head_dim), 2, generator, dtype, device, layout)
+        width = heads * head_dim
+        arguments: dict[str, Any] = {
+            "x": x.squeeze(2).requires_grad_(),
+            "key": key.requires_grad_(),
+            "value": value.requires_grad_(),
+            "query_weight": parameter(width, channels, scale=channels**-0.5),
+            "out_weight": parameter(channels, width, scale=width**-0.5),
+        }
+        if norm:
+            arguments["norm"] = LayerNormState(parameter(channels, mean=1.0), parameter(channels), 1e-6)
+        if biases:
+            arguments["query_bias"] = parameter(width)
+            arguments["out_bias"] = parameter(channels)
+        if masked:
+            mask = torch.rand(batch, keys, generator=generator) < 0.6
+            mask[-1] = False
+            arguments["key_mask"] = mask.to(device)
+        if drop_path:
+            factors = torch.arange(batch, dtype=torch.float64) % 2 * 1.25
+            arguments["drop_path"] = factors.to(device=device, dtype=parameters)
+        if residual == "input":
+            arguments["residual"] = arguments["x"]
+        elif residual == "other":
+            (other,) = _tokens((batch, tokens, 1, channels), 1, generator, dtype, device, layout)
+            arguments["residual"] = other.squeeze(2).requires_grad_()
+        return arguments
+
+    return Case(name, make, frozenset(tags), model, calls)
+
+
+def block_cases() -> Sequence[Case]:
+    """Cases of the attention block."""
+    tiny = [
+        _block_case(name, shape, "tiny", "awkward", **options)
+        for name, shape, options in (
+            ("one_head", (2, 19, 16, 9, 1, 16), {}),
+            ("two_heads", (2, 21, 24, 7, 2, 12), {"drop_path": True, "residual": "other"}),
+            ("no_norm", (1, 17, 20, 5, 1, 8), {"norm": False, "biases": False, "residual": "none"}),
+            ("masked", (2, 18, 16, 11, 2, 8), {"masked": True, "biases": False}),
+            ("three_heads", (2, 33, 40, 20, 3, 5), {"masked": True}),
+            ("one_token", (2, 1, 16, 9, 1, 16), {}),
+            ("one_key", (1, 18, 8, 1, 2, 4), {"norm": False}),
+            ("one_channel", (2, 18, 1, 3, 1, 4), {"norm": False}),
+        )
+    ]
+    general = [
+        _block_case("no_image", (0, 6, 16, 5, 2, 8), "awkward"),
+        _block_case("wide", (1, 12, 160, 7, 2, 80)),
+        _block_case("many_keys", (1, 12, 16, 300, 1, 16)),
+    ]
+    counted = [
+        _block_case("traffic_one_head", (1, 784, 64, 49, 1, 64), "traffic"),
+        _block_case("traffic_two_heads", (1, 784, 64, 20, 2, 32), "traffic", residual="other"),
+    ]
+    counted += [
+        _block_case(
+            f"resources_{channels}_channels_{keys}_keys_{heads}_heads",
+            (2, 1100, channels, keys, heads, channels // heads),
+            "resources",
+            drop_path=True,
+        )
+        for channels, keys, heads in (
+            (32, 49, 1),
+            (64, 49, 1),
+            (64, 49, 2),
+            (64, 100, 1),
+            (96, 49, 3),
+            (128, 49, 2),
+            (32, 196, 1),
+        )
+    ]
+    # (tokens, channels, keys, heads, calls), as the models call them at 224.
+    published = {
+        "pvt_small": [(3136, 64, 49, 1, 3), (784, 128, 49, 2, 4)],
+        "pvt_v2_b0": [(3136, 32, 49, 1, 2), (784, 64, 49, 2, 2)],
+        "twins_pcpvt_small": [(3136, 64, 49, 1, 3), (784, 128, 49, 2, 4)],
+    }
+    model = [
+        _block_case(
+            f"{name}_{tokens}x{keys}_c{channels}",
+            (128, tokens, channels, keys, heads, channels // heads),
+            "model",
+            model=name,
+            calls=calls,
+        )
+        for name, shapes in published.items()
+        for tokens, channels, keys, heads, calls in shapes
+    ]
+    model += [_block_case("size_448_12544x49_c32", (64, 12544, 32, 49, 1, 32), "model")]
     return (*tiny, *general, *counted, *model)

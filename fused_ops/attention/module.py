@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_ops.attention.block import attention_block
 from fused_ops.attention.op import few_key_attention
+from fused_ops.attention.triton_block import fits_sizes
 from fused_ops.core.checks import check_choice
+from fused_ops.core.drop_path import DropPath
+from fused_ops.core.layer_norm import LayerNormState
 
 REDUCTIONS = ("conv", "pool", "token_pool")
 # Of the map that PVTv2's linear attention pools to, whatever the input's size.
@@ -26,16 +30,59 @@ def reduced_attention(
         x, size: as of the class.
         reduction, ratio: ``conv``, ``pool`` or ``token_pool``, and R.
     """
-    reduced = _reduce(module, x, size, reduction, ratio)
-    heads = (module.num_heads, -1)
-    query = module.q(x).unflatten(-1, heads)
-    if reduction == "token_pool":
-        key, value = module.k(reduced).unflatten(-1, heads), module.v(reduced).unflatten(-1, heads)
-    else:
-        key, value = module.kv(reduced).unflatten(-1, (2, *heads)).unbind(2)
-    dropout = module.attn_drop.p if module.training else 0.0
-    out = few_key_attention(query, key, value, dropout=dropout)
+    return _attend(module, x, *_keys_and_values(module, x, size, reduction, ratio))
+
+
+def residual_attention(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    attention: SpatialReductionAttention,
+    size: Sequence[int] | None,
+    drop_path: DropPath,
+) -> Tensor:
+    """``x + drop_path(attention(norm(x), size))``, by :func:`fused_ops.attention_block` where that fits.
+
+    Keys and values come from ``norm(x)``, which is computed for them by itself.
+    """
+    dropouts = (attention.attn_drop, attention.proj_drop)
+    stock = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
+    stock = stock and type(attention.q) is nn.Linear and type(attention.proj) is nn.Linear
+    stock = stock and attention.proj.out_features == x.shape[-1]
+    if not stock or any(dropout.training and dropout.p > 0.0 for dropout in dropouts):
+        return x + drop_path(attention(norm(x), size))
+    normalised = norm(x)
+    key, value = _keys_and_values(attention, normalised, size, attention.reduction, attention.reduction_ratio)
+    if not fits_sizes(x.shape[-1], key.shape[1], torch.is_grad_enabled(), key.dtype)[0]:
+        return x + drop_path(_attend(attention, normalised, key, value))
+    return attention_block(
+        x,
+        key,
+        value,
+        attention.q.weight,
+        attention.proj.weight,
+        LayerNormState.from_module(norm),
+        query_bias=attention.q.bias,
+        out_bias=attention.proj.bias,
+        drop_path=drop_path.factors(x),
+        residual=x,
+    )
+
+
+def _attend(module: nn.Module, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The projections and what is between them, of tokens on given keys and values."""
+    query = module.q(x).unflatten(-1, (module.num_heads, -1))
+    out = few_key_attention(query, key, value, dropout=module.attn_drop.p if module.training else 0.0)
     return module.proj_drop(module.proj(out.flatten(2)))
+
+
+def _keys_and_values(
+    module: nn.Module, x: Tensor, size: Sequence[int] | None, reduction: str, ratio: int
+) -> tuple[Tensor, ...]:
+    """(B, Nk, heads, d) each."""
+    reduced, heads = _reduce(module, x, size, reduction, ratio), (module.num_heads, -1)
+    if reduction == "token_pool":
+        return module.k(reduced).unflatten(-1, heads), module.v(reduced).unflatten(-1, heads)
+    return module.kv(reduced).unflatten(-1, (2, *heads)).unbind(2)
 
 
 def _reduce(module: nn.Module, x: Tensor, size: Sequence[int] | None, reduction: str, ratio: int) -> Tensor:

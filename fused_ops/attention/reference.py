@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.core.dropout import dropout_keep
+from fused_ops.core.layer_norm import LayerNormState
 
 
 def attention(
@@ -88,3 +89,38 @@ def sdpa(
     if without_key is not None:
         out = out.masked_fill(without_key.transpose(1, 2), 0.0)
     return out
+
+
+def attention_block(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor,
+    out_weight: Tensor,
+    norm: LayerNormState | None,
+    query_bias: Tensor | None,
+    out_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    drop_path: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """``[residual +] drop_path * out(attention(query(norm(x)), key, value))``, with products in key's dtype.
+
+    Args and returns as of :func:`fused_ops.attention_block`.
+    """
+    z = x
+    if norm is not None:
+        weight, bias = (None if tensor is None else tensor.to(x.dtype) for tensor in norm[:2])
+        z = F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+    parameters = (
+        None if tensor is None else tensor.to(key.dtype)
+        for tensor in (query_weight, query_bias, out_weight, out_bias)
+    )
+    query_weight, query_bias, out_weight, out_bias = parameters
+    query = F.linear(z.to(key.dtype), query_weight, query_bias).unflatten(-1, key.shape[2:])
+    heads = attention(query, key, value, key_mask=key_mask, scale=scale)
+    out = F.linear(heads.flatten(2), out_weight, out_bias)
+    if drop_path is not None:
+        out = out * drop_path[:, None, None].to(out.dtype)
+    return out if residual is None else out.to(residual.dtype) + residual

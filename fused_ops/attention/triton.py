@@ -289,10 +289,10 @@ def backward(call: Any, grad: Tensor, needs: list[bool], *gradients: Tensor) -> 
             **plan.meta,
         )
         if partial is not None:
-            _sum_parts(partial, plan.parts, count, *sums)
+            sum_parts(partial, plan.parts, count, *sums)
         if bias_grad is not None:
             # A bias that all heads share gets the sum over them too.
-            _sum_parts(scores, batch * heads // bias_grad.shape[0], bias_grad.numel(), bias_grad)
+            sum_parts(scores, batch * heads // bias_grad.shape[0], bias_grad.numel(), bias_grad)
     return gradients
 
 
@@ -303,7 +303,7 @@ def launch_count(call: Any, direction: str) -> int:
     return 1 + (_plan("backward", call).parts > 1) + (call.bias is not None and call.bias.requires_grad)
 
 
-def _sum_parts(partial: Tensor, parts: int, count: int, first: Tensor, second: Tensor | None = None) -> None:
+def sum_parts(partial: Tensor, parts: int, count: int, first: Tensor, second: Tensor | None = None) -> None:
     sets = 1 if second is None else 2
     block = min(1024, max(128, next_power_of_2(count)))
     sum_parts_kernel[(ceil_div(count, block), sets)](

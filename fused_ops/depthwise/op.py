@@ -35,6 +35,10 @@ class DepthwiseCall:
 
     ``residual`` is None when ``identity`` says that the residual is ``x`` itself. ``mean`` and ``var`` are
     the running statistics when ``batch_stats`` is false, else None.
+
+    ``input_activation`` is for other operators that launch the Triton kernels, on channels_last maps at 3x3
+    and stride 1 without a norm: the convolution and the identity then take the activation of ``x``.
+    :func:`depthwise_conv` does not have it.
     """
 
     x: Tensor
@@ -58,6 +62,7 @@ class DepthwiseCall:
     keep_raw: bool = False
     needs_raw: bool = False
     needs_grad: bool = False
+    input_activation: str = "none"
 
     @property
     def kernel_size(self) -> tuple[int, int]:

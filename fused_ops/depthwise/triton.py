@@ -233,7 +233,13 @@ class _Launches:
             )
         else:
             forward_kernel[plan.grid](
-                *pointers, *plan.sizes, *strides, call.eps, IDENTITY=call.identity, **options
+                *pointers,
+                *plan.sizes,
+                *strides,
+                call.eps,
+                IDENTITY=call.identity,
+                INPUT_ACTIVATION=call.input_activation,
+                **options,
             )
         return (buffer, plan.parts) if moments else None
 
@@ -311,7 +317,8 @@ def backward(
         call: the forward's call, with ``mean`` and ``var`` the statistics that it normalised with.
         grad: (B, C, Ho, Wo) in any layout; copied where it is neither in that of x nor expanded.
         raw: the convolution's output, or None where nothing needs it.
-        needs: which of x, weight, bias, norm_weight, norm_bias, residual get a gradient.
+        needs: which of x, weight, bias, norm_weight, norm_bias, residual get a gradient. Of a 3x3 convolution
+            at stride 1 without a norm, ``norm_bias`` stands for a bias that was added to give ``x``.
         gradients: outputs for them, absent ones empty.
     """
     with backends.device_of(call.x):
@@ -416,6 +423,7 @@ def _backward(
             *strides,
             call.eps,
             inverse_count,
+            INPUT_ACTIVATION=call.input_activation,
             **options,
         )
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fused_ops.core.activations import activate
+from fused_ops.core.activations import activate, activation_gradient
 from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
 from fused_ops.depthwise.triton_maps import (
     activation_grad_tile,
@@ -81,6 +81,7 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     IDENTITY: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
     ROUND: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -91,6 +92,7 @@ def forward_kernel(
     With ``moments_ptr`` writes the moments of the raw convolution, for a norm that follows; otherwise the
     result. Writes the raw convolution too where ``raw_ptr`` is given. ROUND: what the norm sees is rounded as
     if it had been stored, so that a norm by batch statistics gives the same bits whether it was or not.
+    INPUT_ACTIVATION, without a norm: what is convolved and added as the identity is the activation of x.
     """
     image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     MOMENTS: tl.constexpr = moments_ptr is not None
@@ -114,6 +116,11 @@ def forward_kernel(
         left = load(x_ptr, image, row, columns - 1, c, x_n, x_c, x_h, x_w, height, width, channels)
         centre = load(x_ptr, image, row, columns, c, x_n, x_c, x_h, x_w, height, width, channels)
         right = load(x_ptr, image, row, columns + 1, c, x_n, x_c, x_h, x_w, height, width, channels)
+        # Of 0 every activation is 0, so elements outside stay zero.
+        if INPUT_ACTIVATION != "none":
+            left = activate(left, INPUT_ACTIVATION)
+            centre = activate(centre, INPUT_ACTIVATION)
+            right = activate(right, INPUT_ACTIVATION)
         original = centre
         if NORM == "pre":
             # The padding is zero after the norm, so elements outside stay zero.
@@ -218,6 +225,7 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
     IDENTITY: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -232,7 +240,8 @@ def backward_kernel(
     sums if SUMS. Post-norm with batch statistics takes those two from :func:`post_norm_sums_kernel`. Pre-norm
     with batch statistics writes ``t = identity + gamma rstd e`` in place of x's gradient (e = conv transposed
     of the gradient), its sums are those of e and of e xhat, and :func:`pre_norm_finish_kernel` does the rest.
-    IDENTITY is none, before or after: where the identity branch joins.
+    IDENTITY is none, before or after: where the identity branch joins. Without a norm, INPUT_ACTIVATION is
+    what x went through first, and the first of the two sums is that of x's gradient.
     """
     image, row0, columns, c, part = program(batch, height, width, channels, rows, PACK, BLOCK_W, BLOCK_C)
     channel_ok = c < channels
@@ -250,7 +259,9 @@ def backward_kernel(
         mean_grad_normalised = vector(sums_ptr + channels, c, channels, 0.0)[None, :] * inverse_count
     PRE_SUMS: tl.constexpr = NORM == "pre" and SUMS
     POST_SUMS: tl.constexpr = NORM == "post" and SUMS
-    NEED_X: tl.constexpr = PRE_SUMS or x_grad_ptr is not None
+    INPUT_SUM: tl.constexpr = NORM == "none" and SUMS
+    NEED_X: tl.constexpr = PRE_SUMS or INPUT_SUM or x_grad_ptr is not None
+    NEED_SLOPE: tl.constexpr = NEED_X and INPUT_ACTIVATION != "none"
     NEED_OWN: tl.constexpr = BIAS or residual_grad_ptr is not None
     if NEED_X:
         w00, w01, w02, w10, w11, w12, w20, w21, w22 = _filter(weight_ptr, c, channels)
@@ -306,7 +317,7 @@ def backward_kernel(
                     value_grad.to(residual_grad_ptr.dtype.element_ty),
                     mask=own,
                 )
-        if WEIGHT or PRE_SUMS:
+        if WEIGHT or PRE_SUMS or NEED_SLOPE:
             below_row = tl.where(i < rows, row + 1, -1)
             x_below = load(x_ptr, image, below_row, columns, c, x_n, x_c, x_h, x_w, height, width, channels)
             z_below = x_below
@@ -314,6 +325,8 @@ def backward_kernel(
                 below_ok = inside(below_row, columns, c, height, width, channels)
                 x_below = (x_below - mean) * rstd
                 z_below = tl.where(below_ok, x_below * gamma + beta, 0.0)
+            if WEIGHT and INPUT_ACTIVATION != "none":
+                z_below = activate(x_below, INPUT_ACTIVATION)
         if WEIGHT:
             g00 += z_above * d0
             g01 += z_above * d1
@@ -334,17 +347,22 @@ def backward_kernel(
             if PRE_SUMS:
                 s1 += tl.where(ok, value, 0.0)
                 s2 += tl.where(ok, value * x_above, 0.0)
-            if x_grad_ptr is not None:
+            if INPUT_SUM or x_grad_ptr is not None:
                 if NORM == "pre":
                     value = value * gamma * rstd
                 if IDENTITY != "none":
                     value += identity_grad
+                if NEED_SLOPE:
+                    value *= activation_gradient(x_above, INPUT_ACTIVATION)
+            if INPUT_SUM:
+                s1 += tl.where(ok, value, 0.0)
+            if x_grad_ptr is not None:
                 tl.store(
                     address(x_grad_ptr, image, out_row, columns, c, out_n, out_c, out_h, out_w),
                     value.to(x_grad_ptr.dtype.element_ty),
                     mask=ok,
                 )
-        if PRE_SUMS:
+        if PRE_SUMS or NEED_SLOPE:
             x_above, x_beside = x_beside, x_below
         if IDENTITY == "after":
             identity_grad = grad

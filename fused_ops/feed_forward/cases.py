@@ -21,6 +21,8 @@ def _case(
     training: bool = True,
     affine: bool = True,
     biases: bool = True,
+    size: tuple[int, int] | None = None,
+    as_map: bool = False,
     scaled: bool = False,
     residual: str = "input",
     drop_path: tuple[float, ...] = (),
@@ -34,6 +36,7 @@ def _case(
 
     Args:
         norm: none, batch or layer; ``training``: the former with the batch's own statistics.
+        size: (H, W) of a map whose hidden values are convolved; ``as_map``: given as (B, C, H, W).
         scaled: with a layer scale.
         residual: input, other or none.
         drop_path: factors of the first images; the others' are 1.
@@ -55,7 +58,10 @@ def _case(
             return random(size, spread, centre).requires_grad_()
 
         def rows(mean: float) -> torch.Tensor:
-            values = make_map((batch, channels, tokens, 1), generator, dtype, device, layout, mean=mean)
+            sides = size or (tokens, 1)
+            values = make_map((batch, channels, *sides), generator, dtype, device, layout, mean=mean)
+            if as_map:
+                return values
             return values.detach().flatten(2).transpose(1, 2).requires_grad_()
 
         arguments: dict[str, Any] = {
@@ -70,6 +76,12 @@ def _case(
             arguments["norm"] = BatchNormState(weight, bias, *running, training, 0.1, 1e-5)
         elif norm == "layer":
             arguments["norm"] = LayerNormState(weight, bias, 1e-6)
+        if size is not None:
+            arguments["conv_weight"] = parameter((hidden, 1, 3, 3), 1 / 3)
+            if not as_map:
+                arguments["size"] = size
+            if biases:
+                arguments["conv_bias"] = parameter((hidden,), 0.5)
         if biases:
             arguments["fc1_bias"] = parameter((hidden,), 0.5)
             arguments["fc2_bias"] = parameter((channels,), 0.5)
@@ -176,4 +188,84 @@ def cases() -> Sequence[Case]:
         for channels, side, expansion, calls in shapes
     ]
     model += [_case("dsnet_small_eval_64x56", (128, 3136, 64), "model", **evaluation)]
+    return (*tiny, *general, *counted, *model)
+
+
+def _conv_case(name: str, shape: tuple[int, int, int, int], *tags: str, **options: Any) -> Case:
+    """A case with a convolution, on a map of ``shape`` (B, C, H, W) or its tokens."""
+    batch, channels, *size = shape
+    return _case(name, (batch, size[0] * size[1], channels), *tags, size=tuple(size), **options)
+
+
+def conv_cases() -> Sequence[Case]:
+    """All cases with a depthwise convolution. ``tiny`` ones have few enough programs for the interpreter."""
+    layer, evaluation = {"norm": "layer"}, {"training": False}
+    # PVTv2's MLP, its linear form, and HIRI-ViT's CFFN.
+    pvt = layer
+    linear = {**layer, "activation": "relu"}
+    cffn = {"activation": "gelu", "conv_activation": "none", "conv_identity": True, "as_map": True}
+    bare = {"norm": "none", "residual": "none", "biases": False}
+    tiny = [
+        _conv_case(name, shape, "tiny", **options)
+        for name, shape, options in (
+            ("pvt", (2, 8, 2, 4), {**pvt, "expansion": 2, "drop_path": (0.0, 1.25)}),
+            ("linear", (1, 12, 2, 3), {**linear, "expansion": 1.5, "scaled": True}),
+            ("cffn", (2, 8, 2, 3), {**cffn, "expansion": 2}),
+        )
+    ]
+    both = {"activation": "hardswish", "conv_activation": "gelu_tanh", "conv_identity": True}
+    awkward = [
+        _conv_case(name, shape, "awkward", **options)
+        for name, shape, options in (
+            ("eval", (2, 8, 3, 3), {**cffn, **evaluation, "expansion": 2, "residual": "other"}),
+            (
+                "plain",
+                (1, 8, 2, 3),
+                {**bare, "expansion": 2, "activation": "silu", "conv_activation": "none"},
+            ),
+            ("both", (2, 8, 2, 2), {**bare, **both, "biases": True, "expansion": 2}),
+            ("one_channel", (2, 1, 3, 3), {**cffn, "expansion": 1}),
+            ("one_pixel", (3, 8, 1, 1), {**cffn, "expansion": 2, "affine": False}),
+            ("one_column", (2, 8, 7, 1), {**pvt, "expansion": 2, "as_map": True}),
+            ("prime", (1, 7, 5, 11), {**linear, "expansion": 1.9}),
+            ("wide", (1, 136, 3, 2), {**pvt, "expansion": 0.25}),
+            ("large_mean", (2, 8, 3, 4), {**cffn, "expansion": 2, "mean": 1e3}),
+        )
+    ]
+    general = [
+        *awkward,
+        _conv_case("many_channels", (1, 2056, 2, 3), **pvt, expansion=0.01),
+        _conv_case("empty", (0, 8, 3, 2), "awkward", **pvt),
+    ]
+    counted = [
+        _conv_case(f"traffic_{name}", (1, 8, 7, 56), "traffic", expansion=2, **options)
+        for name, options in (("pvt", pvt), ("cffn", cffn))
+    ]
+    counted += [
+        _conv_case(f"resources_{name}", (2, channels, 16, 16), "resources", **options)
+        for name, channels, options in (
+            ("pvt", 64, {**pvt, "expansion": 8, "drop_path": (0.0, 1.25)}),
+            ("linear", 32, {**linear, "expansion": 8}),
+            ("cffn", 128, cffn),
+        )
+    ]
+    # (channels, side of the map, expansion, calls), as the models call them at 224, HIRI-ViT at 448.
+    published = {
+        "pvt_v2_b0": (pvt, [(32, 56, 8, 2), (64, 28, 8, 2), (160, 14, 4, 2), (256, 7, 4, 2)]),
+        "pvt_v2_b2": (pvt, [(64, 56, 8, 3), (128, 28, 8, 4), (320, 14, 4, 6), (512, 7, 4, 3)]),
+        "hiri_vit_small": (cffn, [(128, 28, 4, 5), (320, 14, 4, 9), (640, 7, 4, 4)]),
+    }
+    model = [
+        _conv_case(
+            f"{name}_{channels}x{side}",
+            (64 if name.startswith("hiri") else 128, channels, side, side),
+            "model",
+            expansion=expansion,
+            model=name,
+            calls=calls,
+            **options,
+        )
+        for name, (options, shapes) in published.items()
+        for channels, side, expansion, calls in shapes
+    ]
     return (*tiny, *general, *counted, *model)

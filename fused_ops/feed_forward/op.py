@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import library
+from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.autocast import autocast_dtype
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
@@ -16,6 +18,7 @@ from fused_ops.core.checks import (
     any_requires_grad,
     check_activation,
     check_alike,
+    check_choice,
     check_direction,
     check_float,
     check_norm,
@@ -23,10 +26,10 @@ from fused_ops.core.checks import (
     check_values_per_channel,
 )
 from fused_ops.core.layer_norm import LayerNormState
-from fused_ops.feed_forward import reference, triton
-from fused_ops.feed_forward.cases import cases
+from fused_ops.feed_forward import reference, triton, triton_conv
+from fused_ops.feed_forward.cases import cases, conv_cases
 
-# Inputs of the torch operators that are tensors, in order; the first eight get gradients from the backward
+# Inputs of the torch operators that are tensors, in order; the first ten get gradients from the backward
 # operator, and the residual gets the result's.
 _TENSORS = (
     "x",
@@ -37,12 +40,14 @@ _TENSORS = (
     "norm_weight",
     "norm_bias",
     "layer_scale",
+    "conv_weight",
+    "conv_bias",
     "mean",
     "var",
     "residual",
     "drop_path",
 )
-_GRADIENTS = 8
+_GRADIENTS = 10
 _RESIDUAL = _TENSORS.index("residual")
 _COUNT = len(_TENSORS)
 
@@ -53,8 +58,10 @@ class FeedForwardCall:
 
     ``x`` and ``residual`` are (B, N, C). ``norm`` is none, batch or layer; ``mean`` and ``var`` are a
     BatchNorm's running statistics when ``batch_stats`` is false, else None. ``identity``: the residual is
-    ``x``. ``compute`` is the dtype of both products. ``keep_value``: what the norm and fc1 give is kept for
-    backward, where tokens are wide.
+    ``x``. ``compute`` is the dtype of both products. ``keep_value``: what fc1 gives is kept for backward,
+    where it is in memory at all, and without a convolution what the norm gives too.
+
+    With ``conv_weight`` there is a depthwise convolution behind ``activation``, on maps of ``size`` (H, W).
     """
 
     x: Tensor
@@ -65,6 +72,8 @@ class FeedForwardCall:
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     layer_scale: Tensor | None
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
     mean: Tensor | None
     var: Tensor | None
     residual: Tensor | None
@@ -77,7 +86,14 @@ class FeedForwardCall:
     compute: torch.dtype
     group: str = ""
     keep_value: bool = False
+    size: tuple[int, ...] = ()
+    conv_activation: str = "none"
+    conv_identity: bool = False
     needs_grad: bool = False
+
+    @property
+    def operator(self) -> str:
+        return "feed_forward" if self.conv_weight is None else "feed_forward_conv"
 
     @property
     def has_normalised(self) -> bool:
@@ -101,6 +117,9 @@ class FeedForwardCall:
             self.compute,
             self.group,
             self.keep_value,
+            self.size,
+            self.conv_activation,
+            self.conv_identity,
         )
 
     def kind(self) -> dict[str, Any]:
@@ -115,11 +134,18 @@ class FeedForwardCall:
             "norm": self.norm,
             "batch_stats": self.batch_stats,
             "residual": "input" if self.identity else "other" if self.residual is not None else "none",
+            "convolution": self._convolution() or "none",
         }
 
     def sizes(self) -> tuple[int, ...]:
-        """Channels and tokens of an image."""
-        return (self.x.shape[2], self.x.shape[1])
+        """Channels and tokens of an image; with a convolution channels, height and width."""
+        return (self.x.shape[2], *(self.size or self.x.shape[1:2]))
+
+    def _convolution(self) -> str:
+        if self.conv_weight is None:
+            return ""
+        identity = " + identity" if self.conv_identity else ""
+        return f"3x3 depthwise{identity}, activation {self.conv_activation}"
 
     def __str__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
@@ -133,9 +159,10 @@ class FeedForwardCall:
             "layer scale": self.layer_scale is not None,
             "drop path": self.drop_path is not None,
         }
+        convolution = f", {self._convolution()}" if self.conv_weight is not None else ""
         return (
             f"on {tuple(self.x.shape)} {dtype}, hidden width {self.fc1_weight.shape[0]}, {norm}, activation "
-            f"{self.activation}{''.join(f', {name}' for name, on in extras.items() if on)}"
+            f"{self.activation}{convolution}{''.join(f', {name}' for name, on in extras.items() if on)}"
         )
 
 
@@ -151,8 +178,16 @@ def checked_call(
     drop_path: Tensor | None = None,
     residual: Tensor | None = None,
     compute: torch.dtype | None = None,
+    conv_weight: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    conv_activation: str = "none",
+    conv_identity: bool = False,
+    size: tuple[int, ...] = (),
 ) -> FeedForwardCall:
-    """What a call of :func:`mlp_block` with these arguments is; ``compute``: the dtype of the products."""
+    """What a call of :func:`mlp_block` with these arguments is; ``compute``: the dtype of the products.
+
+    With ``conv_weight``, of :func:`conv_mlp_block` on tokens or on maps (B, H, W, C), and ``size`` is (H, W).
+    """
     if x.dim() < 2:
         raise ValueError(f"x has {x.dim()} dimension; it must be (B, ..., C)")
     check_float("x", x)
@@ -172,10 +207,13 @@ def checked_call(
     check_parameter("fc1_bias", fc1_bias, (hidden,), "one per hidden unit", x)
     check_parameter("fc2_bias", fc2_bias, (channels,), per_channel, x)
     check_parameter("layer_scale", layer_scale, (channels,), per_channel, x)
+    check_parameter("conv_weight", conv_weight, (hidden, 1, 3, 3), "one 3x3 filter per hidden unit", x)
+    check_parameter("conv_bias", conv_bias, (hidden,), "one per hidden unit", x)
     check_parameter("drop_path", drop_path, (batch,), "one factor per image", x)
     if drop_path is not None and drop_path.requires_grad:
         raise ValueError("drop_path requires grad; it is a random factor and gets no gradient")
     check_activation(activation)
+    check_choice("conv_activation", conv_activation, tuple(FUNCTIONS))
     kind, batch_stats = "none", False
     if isinstance(norm, BatchNormState):
         check_norm(norm, x, channels)
@@ -191,12 +229,8 @@ def checked_call(
     running = kind == "batch" and not batch_stats
     identity = residual is x
     if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual has shape {tuple(residual.shape)}; it must be that of x, {tuple(x.shape)}"
-            )
-        check_alike("residual", residual, x)
-    tokens = x.numel() // (batch * channels) if batch else 0
+        _check_residual(residual, x)
+    tokens = math.prod(x.shape[1:-1])
     call = FeedForwardCall(
         x.reshape(batch, tokens, channels),
         fc1_weight,
@@ -206,6 +240,8 @@ def checked_call(
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
         layer_scale,
+        conv_weight,
+        conv_bias,
         norm.running_mean if running else None,
         norm.running_var if running else None,
         None if identity or residual is None else residual.reshape(batch, tokens, channels),
@@ -217,13 +253,24 @@ def checked_call(
         identity,
         x.dtype if compute is None else compute,
         norm.group if batch_stats else "",
+        size=size,
+        conv_activation=conv_activation,
+        conv_identity=conv_identity,
     )
     if batch_stats and not call.group:
         check_values_per_channel((batch * tokens, channels, 1, 1))
     call.needs_grad = any_requires_grad(*call.tensors()[:_GRADIENTS], residual)
     needs_value = any_requires_grad(*call.tensors()[:_GRADIENTS])
-    call.keep_value = needs_value and not triton.is_narrow(channels)
+    call.keep_value = needs_value and not triton.stays_on_chip(call)
     return call
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; it must be that of x, {tuple(x.shape)}"
+        )
+    check_alike("residual", residual, x)
 
 
 def mlp_block(
@@ -270,7 +317,6 @@ def mlp_block(
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
         fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
     """
-    dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
     call = checked_call(
         x,
         fc1_weight,
@@ -282,19 +328,125 @@ def mlp_block(
         layer_scale,
         drop_path,
         residual,
-        dtype,
+        _products_dtype(x),
     )
-    backend = choose("feed_forward", BACKENDS, call)
+    return _run(call, norm, BACKENDS).view(x.shape)
+
+
+def conv_mlp_block(
+    x: Tensor,
+    fc1_weight: Tensor,
+    conv_weight: Tensor,
+    fc2_weight: Tensor,
+    norm: BatchNormState | LayerNormState | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    fc1_bias: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    activation: str = "none",
+    conv_activation: str = "gelu",
+    conv_identity: bool = False,
+    layer_scale: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`mlp_block` with a 3x3 depthwise convolution of the hidden map, as one operator.
+
+    ``[residual +] drop_path * layer_scale * fc2(q)`` with ``h = activation(fc1(norm(x)))`` and
+    ``q = conv_activation(conv(h) + conv_bias) [+ h]``, padded with zeros to keep the map's size. PVTv2's MLP
+    (Wang et al., Computational Visual Media 2022) has the activation behind the convolution, which is the
+    default, and in its linear form ``activation="relu"`` too; HIRI-ViT's CFFN (Yao et al., TPAMI 2024) is
+    ``activation="gelu", conv_activation="none", conv_identity=True``.
+
+    The convolution with both activations and the identity is one pass over the hidden map; ``x`` and fc1's
+    result are all that is kept for backward. Autocast, dtypes and the residual are as in :func:`mlp_block`;
+    the convolution runs in the dtype of the products with its weights as they are, and its activations use
+    the error function for GELU in every dtype.
+
+    Args:
+        x: map (B, C, H, W), channels_last or NCHW, or tokens (B, H*W, C) with ``size``; slices too. float32,
+            float16, bfloat16 or float64.
+        fc1_weight, fc2_weight: (hidden, C) and (C, hidden), as of ``torch.nn.Linear``.
+        conv_weight: (hidden, 1, 3, 3), as of ``torch.nn.Conv2d(groups=hidden)``. These and all other
+            parameters in the dtype of ``x`` or float32.
+        norm: see :func:`mlp_block`.
+        size: (H, W) of tokens; None for maps.
+        fc1_bias, conv_bias, fc2_bias: (hidden), (hidden) and (C), or None.
+        activation, conv_activation: none, relu, relu6, silu, gelu (exact), gelu_tanh or hardswish.
+        conv_identity: add what the convolution gets, behind ``conv_activation``.
+        layer_scale: factor per channel (C), or None for 1.
+        drop_path: factor per image (B), 0 or one over the probability to keep it; None for 1. Gets no
+            gradient.
+        residual: in the shape and the dtype of ``x``, or None.
+
+    Returns:
+        In the shape, the layout and the dtype of ``x``; without a residual in the dtype of the products.
+
+    Raises:
+        ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
+        fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
+    """
+    if conv_weight is None:
+        raise TypeError("conv_weight is None; without a convolution there is mlp_block")
+    is_map = x.dim() == 4
+    if is_map:
+        if size is not None and tuple(size) != tuple(x.shape[2:]):
+            raise ValueError(f"size={tuple(size)} is given, and x is a map of {tuple(x.shape[2:])}")
+        size = x.shape[2:]
+    elif x.dim() != 3:
+        raise ValueError(f"x has {x.dim()} dimensions; it must be a map (B, C, H, W) or tokens (B, H*W, C)")
+    elif size is None:
+        raise ValueError("size is missing; tokens (B, H*W, C) need the map's (H, W)")
+    elif len(size) != 2 or min(size) < 0 or size[0] * size[1] != x.shape[1]:
+        raise ValueError(f"size={tuple(size)} does not fit x, which has {x.shape[1]} tokens per image")
+    if residual is not None:
+        _check_residual(residual, x)
+    tokens = x.permute(0, 2, 3, 1) if is_map else x
+    if residual is x:
+        residual = tokens
+    elif is_map and residual is not None:
+        residual = residual.permute(0, 2, 3, 1)
+    call = checked_call(
+        tokens,
+        fc1_weight,
+        fc2_weight,
+        norm,
+        fc1_bias,
+        fc2_bias,
+        activation,
+        layer_scale,
+        drop_path,
+        residual,
+        _products_dtype(x),
+        conv_weight,
+        conv_bias,
+        conv_activation,
+        conv_identity,
+        tuple(size),
+    )
+    out = _run(call, norm, CONV_BACKENDS)
+    return out.view(tokens.shape).permute(0, 3, 1, 2) if is_map else out
+
+
+def _products_dtype(x: Tensor) -> torch.dtype | None:
+    return None if x.dtype == torch.float64 else autocast_dtype(x)
+
+
+def _run(
+    call: FeedForwardCall, norm: BatchNormState | LayerNormState | None, backends: tuple[Backend, ...]
+) -> Tensor:
+    """The result (B, N, C) of a checked call; updates the running statistics of ``norm``."""
+    backend = choose(call.operator, backends, call)
     if backend.name == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            out = _reference(call, norm)
-    else:
-        out, _, _, mean, _, unbiased = _DIFFERENTIABLE.run(
-            call.needs_grad, *call.tensors(), *call.options(), backend.name
-        )
-        if call.batch_stats:
-            norm.update_running(mean, unbiased)
-    return out.view(x.shape)
+        with torch.autocast(call.x.device.type, enabled=False):
+            return _reference(call, norm)
+    out, _, _, mean, _, unbiased = _DIFFERENTIABLE.run(
+        call.needs_grad, *call.tensors(), *call.options(), backend.name
+    )
+    if call.batch_stats:
+        norm.update_running(mean, unbiased)
+    return out
 
 
 def _reference(call: FeedForwardCall, norm: BatchNormState | LayerNormState | None) -> Tensor:
@@ -319,17 +471,22 @@ def _reference(call: FeedForwardCall, norm: BatchNormState | LayerNormState | No
         activation=call.activation,
         group=call.group,
         compute=call.compute,
+        conv_weight=call.conv_weight,
+        conv_bias=call.conv_bias,
+        conv_activation=call.conv_activation,
+        conv_identity=call.conv_identity,
+        size=call.size,
     )
 
 
 _INPUTS = (
     "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? layer_scale, Tensor? mean, Tensor? var, "
-    "Tensor? residual, Tensor? drop_path"
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? layer_scale, Tensor? conv_weight, Tensor? conv_bias, "
+    "Tensor? mean, Tensor? var, Tensor? residual, Tensor? drop_path"
 )
 _OPTIONS = (
     "str norm, bool batch_stats, float eps, str activation, bool identity, ScalarType compute, str group, "
-    "bool keep_value"
+    "bool keep_value, SymInt[] size, str conv_activation, bool conv_identity"
 )
 _FORWARD_SCHEMA = (
     f"feed_forward_forward({_INPUTS}, {_OPTIONS}, str backend) "
@@ -340,7 +497,8 @@ _BACKWARD_SCHEMA = (
     f"feed_forward_backward(Tensor grad, Tensor normalised, Tensor value, {_INPUTS}, {_OPTIONS}, "
     "bool[] needs, str backend) "
     "-> (Tensor x_grad, Tensor fc1_weight_grad, Tensor fc1_bias_grad, Tensor fc2_weight_grad, "
-    "Tensor fc2_bias_grad, Tensor norm_weight_grad, Tensor norm_bias_grad, Tensor layer_scale_grad)"
+    "Tensor fc2_bias_grad, Tensor norm_weight_grad, Tensor norm_bias_grad, Tensor layer_scale_grad, "
+    "Tensor conv_weight_grad, Tensor conv_bias_grad)"
 )
 
 
@@ -353,7 +511,7 @@ def allocate_forward(call: FeedForwardCall) -> tuple[Tensor, ...]:
         rows, channels = call.x.shape[0] * call.x.shape[1], call.x.shape[2]
         value = call.x.new_empty((rows, call.fc1_weight.shape[0]), dtype=call.compute)
     normalised = library.absent(call.x, call.compute)
-    if call.keep_value and call.has_normalised:
+    if call.keep_value and call.has_normalised and call.conv_weight is None:
         normalised = call.x.new_empty((rows, channels), dtype=call.compute)
     count = call.x.shape[-1] if call.batch_stats else 0
     dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
@@ -361,7 +519,7 @@ def allocate_forward(call: FeedForwardCall) -> tuple[Tensor, ...]:
 
 
 def allocate_backward(call: FeedForwardCall, needs: list[bool]) -> tuple[Tensor, ...]:
-    """Gradients of the first eight tensors; absent where not needed."""
+    """Gradients of the first ten tensors; absent where not needed."""
     gradients = []
     for name, source, needed in zip(_TENSORS, call.tensors(), needs, strict=False):
         if not needed or source is None:
@@ -427,17 +585,28 @@ def _product_flops(x_shape: tuple[int, ...], hidden: int) -> int:
     return 2 * batch * tokens * channels * hidden
 
 
-def _forward_flops(x_shape, fc1_shape, *_, out_shape=None, **__) -> int:
-    return 2 * _product_flops(x_shape, fc1_shape[0])
+def _convolution_flops(x_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None) -> int:
+    return 0 if conv_shape is None else 2 * x_shape[0] * x_shape[1] * math.prod(conv_shape)
+
+
+def _forward_flops(x_shape, *arguments, out_shape=None, **__) -> int:
+    shapes = dict(zip(_TENSORS, (x_shape, *arguments), strict=False))
+    products = 2 * _product_flops(x_shape, shapes["fc1_weight"][0])
+    return products + _convolution_flops(x_shape, shapes["conv_weight"])
 
 
 def _backward_flops(grad_shape, normalised_shape, value_shape, *arguments, out_shape=None, **__) -> int:
     needs = dict(zip(_TENSORS, arguments[-2], strict=False))
+    shapes = dict(zip(_TENSORS, arguments, strict=False))
     to_input = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     to_hidden = to_input or needs["fc1_weight"] or needs["fc1_bias"]
+    to_fc2 = to_hidden or needs["conv_weight"] or needs["conv_bias"]
     fc2 = needs["fc2_weight"] or needs["layer_scale"]
-    products = sum(map(bool, (to_input, to_hidden, needs["fc1_weight"], fc2)))
-    return products * _product_flops(grad_shape, arguments[1][0])
+    products = sum(map(bool, (to_input, to_fc2, needs["fc1_weight"], fc2)))
+    convolutions = bool(to_hidden) + bool(needs["conv_weight"])
+    return products * _product_flops(grad_shape, shapes["fc1_weight"][0]) + convolutions * _convolution_flops(
+        grad_shape, shapes["conv_weight"]
+    )
 
 
 def least_bytes(call: FeedForwardCall, direction: str) -> int:
@@ -447,12 +616,13 @@ def least_bytes(call: FeedForwardCall, direction: str) -> int:
     Backward, with all gradients: x and the gradient are read once for the gradients of the weights, and once
     more for that of x, which is written: one program cannot hold all weights' gradients and a tile of x.
 
-    Wide tokens have their hidden values in memory, as operands of matrix products; see :func:`_wide_bytes`.
+    Wide tokens, and all with a convolution, have their hidden values in memory, as operands of matrix
+    products; see :func:`_wide_bytes`.
     """
     check_direction(direction)
     x = call.x.element_size() * call.x.numel()
     out = call.out_dtype.itemsize * call.x.numel()
-    if not triton.is_narrow(call.x.shape[-1]):
+    if not triton.stays_on_chip(call):
         return _wide_bytes(call, direction, x, out)
     if direction == "forward":
         return (1 + call.batch_stats + (call.residual is not None)) * x + out
@@ -460,12 +630,15 @@ def least_bytes(call: FeedForwardCall, direction: str) -> int:
 
 
 def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
-    """What products and passes over wide tokens read and write, the products' matrices too.
+    """What products and passes over tokens read and write, the products' matrices too.
 
     ``x`` and ``out`` are bytes of each.
 
     Forward: the norm, fc1, the activation, fc2, the sum with the residual. Backward: each layer's two
     gradients, the activation and its derivative, the norm's sums and its gradient, both biases'.
+
+    A convolution takes the activation's place. Backward it and the norm are computed once more, and its own
+    pass gives the gradients of its input, its weights and fc1's bias.
     """
     packed = call.compute.itemsize * call.x.numel()
     hidden = packed * call.fc1_weight.shape[0] // max(call.x.shape[-1], 1)
@@ -476,13 +649,21 @@ def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
         return call.batch_stats * x + norm + 2 * layer + 2 * hidden + packed + residual + out
     scaled = out + packed if call.drop_path is not None or out != packed else 0
     sums = x + packed if call.norm != "none" else 0
-    biases = (call.fc1_bias is not None) * hidden + (call.fc2_bias is not None) * packed
+    biases = (call.fc2_bias is not None) * packed
     last = packed + 2 * x + (out if call.identity else 0)
-    return scaled + 4 * layer + 4 * hidden + sums + biases + last
+    if call.conv_weight is None:
+        middle = (4 + (call.fc1_bias is not None)) * hidden
+    else:
+        middle = norm + (5 + 2 * (call.conv_activation != "none")) * hidden
+    return scaled + 4 * layer + middle + sums + biases + last
 
 
 BACKENDS = (
     Backend("triton", triton.can_run, triton.forward, triton.backward, tiles=triton.tiles),
+    Backend("reference", reference_can_run),
+)
+CONV_BACKENDS = (
+    Backend("triton", triton.can_run, triton.forward, triton.backward, tiles=triton_conv.tiles),
     Backend("reference", reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -498,8 +679,8 @@ _DIFFERENTIABLE = library.DifferentiableOperator(
     backward_flops=_backward_flops,
     setup_context=_setup_context,
     autograd=_autograd,
-    once_differentiable="has no derivative of its own; for second derivatives run mlp_block inside "
-    'fused_ops.backend("reference")',
+    once_differentiable="has no derivative of its own; for second derivatives run mlp_block or "
+    'conv_mlp_block inside fused_ops.backend("reference")',
 )
 OPERATOR = library.register(
     library.Operator(
@@ -507,6 +688,18 @@ OPERATOR = library.register(
         mlp_block,
         BACKENDS,
         cases,
+        least_bytes,
+        _DIFFERENTIABLE.overloads,
+        triton.launch_count,
+        matrix_products=True,
+    )
+)
+CONV_OPERATOR = library.register(
+    library.Operator(
+        "feed_forward_conv",
+        conv_mlp_block,
+        CONV_BACKENDS,
+        conv_cases,
         least_bytes,
         _DIFFERENTIABLE.overloads,
         triton.launch_count,

@@ -35,8 +35,16 @@ def feed_forward(
     activation: str = "gelu",
     group: str = "",
     compute: torch.dtype | None = None,
+    conv_weight: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    conv_activation: str = "none",
+    conv_identity: bool = False,
+    size: tuple[int, ...] = (),
 ) -> Tensor:
-    """``[residual +] drop_path * layer_scale * fc2(act(fc1(norm(x))))``.
+    """``[residual +] drop_path * layer_scale * fc2(q)`` with ``h = act(fc1(norm(x)))`` and ``q = h``.
+
+    With ``conv_weight``, ``q = conv_activation(conv(h) + conv_bias) [+ h]``, where conv is depthwise, on maps
+    padded with zeros.
 
     Args:
         x: tokens (B, ..., C).
@@ -50,7 +58,10 @@ def feed_forward(
         drop_path: factor per image (B), or None.
         norm: none, batch (over all tokens) or layer (over channels).
         group: name of the process group over which batch statistics are taken together, or "".
-        compute: dtype of both products; None for that of ``x``.
+        compute: dtype of both products and the convolution; None for that of ``x``.
+        conv_weight, conv_bias: (hidden, 1, 3, 3) and (hidden), or None; cast to ``compute``.
+        conv_identity: add what the convolution gets.
+        size: (H, W) of the map that tokens (B, H*W, C) are, where there is a convolution.
 
     Returns:
         (B, ..., C) in the dtype of ``residual``, without one in that of the products.
@@ -78,6 +89,14 @@ def feed_forward(
     hidden = FUNCTIONS[activation](
         F.linear(z.to(compute), cast(fc1_weight, compute), cast(fc1_bias, compute))
     )
+    if conv_weight is not None:
+        given = hidden.unflatten(1, size).permute(0, 3, 1, 2)
+        convolved = F.conv2d(
+            given, cast(conv_weight, compute), cast(conv_bias, compute), padding=1, groups=given.shape[1]
+        )
+        convolved = FUNCTIONS[conv_activation](convolved)
+        convolved = convolved + given if conv_identity else convolved
+        hidden = convolved.permute(0, 2, 3, 1).flatten(1, 2)
     out = F.linear(hidden, cast(fc2_weight, compute), cast(fc2_bias, compute))
     if layer_scale is not None:
         out = out * layer_scale.to(out.dtype)

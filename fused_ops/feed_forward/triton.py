@@ -2,8 +2,8 @@
 
 Launches of narrow tokens, forward: one; with batch statistics three (moments of the input, their merge, the
 pass that writes the result). Backward, all gradients: the weights', their merge, the input's. Those of wide
-tokens are in :mod:`fused_ops.feed_forward.triton_wide`. Before either, matrices of another dtype than the
-products' are cast; a layer scale is multiplied into fc2.
+tokens, and of all with a convolution, are in :mod:`fused_ops.feed_forward.triton_wide`. Before either,
+matrices of another dtype than the products' are cast; a layer scale is multiplied into fc2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_ops.core import backends, distributed, tuning
 from fused_ops.core.statistics import merge_moments
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
-from fused_ops.feed_forward import triton_wide
+from fused_ops.feed_forward import triton_conv, triton_wide
 from fused_ops.feed_forward.triton_backward import finish_kernel, input_kernel, weights_kernel
 from fused_ops.feed_forward.triton_forward import forward_kernel, moments_kernel
 
@@ -36,12 +36,19 @@ def can_run(call: Any) -> tuple[bool, str]:
         return False, f"x has {channels} channels; the Triton kernels are for up to {LARGEST_CHANNELS}"
     if call.x.numel() == 0:
         return False, f"x is empty, {tuple(call.x.shape)}"
+    if call.conv_weight is not None:
+        return triton_conv.can_run(call)
     return True, ""
 
 
 def is_narrow(channels: int) -> bool:
-    """Whether hidden units stay on chip."""
+    """Whether a tile with all channels leaves room for hidden units."""
     return channels <= LARGEST_NARROW
+
+
+def stays_on_chip(call: Any) -> bool:
+    """Whether the hidden values of ``call`` are never in memory."""
+    return call.conv_weight is None and is_narrow(call.x.shape[-1])
 
 
 class Tile(NamedTuple):
@@ -241,7 +248,7 @@ def _forward(
     fc2_bias = call.fc2_bias
     if fc2_bias is not None and call.layer_scale is not None:
         fc2_bias = fc2_bias.float() * call.layer_scale.float()
-    if not is_narrow(channels):
+    if not stays_on_chip(call):
         triton_wide.forward(launches, statistics, fc2_bias, out, normalised, value)
         return
     plan = rows_plan(rows, channels, _tile("forward", call))
@@ -269,19 +276,19 @@ def _forward(
 def backward(
     call: Any, grad: Tensor, normalised: Tensor, value: Tensor, needs: list[bool], *gradients: Tensor
 ) -> tuple[Tensor, ...]:
-    """Launch the backward kernels; fills the needed ones of the eight gradients and returns all.
+    """Launch the backward kernels; fills the needed ones of the ten gradients and returns all.
 
     Args:
         call: the forward's call, with ``mean`` and ``var`` the statistics that it normalised with.
         grad: (B, N, C) in any layout.
         normalised, value: what forward kept.
-        needs: which of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale get
-            a gradient.
+        needs: which of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale,
+            conv_weight, conv_bias get a gradient.
         gradients: outputs for them, absent ones empty.
     """
     with backends.device_of(call.x):
         wanted = tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        if is_narrow(call.x.shape[-1]):
+        if stays_on_chip(call):
             _backward(call, grad, wanted)
         else:
             triton_wide.backward(_Launches(call), grad, normalised, value, wanted)
@@ -298,6 +305,7 @@ def _backward(call: Any, grad: Tensor, gradients: tuple[Tensor | None, ...]) -> 
         norm_weight_grad,
         norm_bias_grad,
         layer_scale_grad,
+        *_,
     ) = gradients
     launches = _Launches(call)
     rows, _, channels, hidden = launches.sizes
@@ -395,7 +403,7 @@ def launch_count(call: Any, direction: str) -> int:
     scaled, biased = call.layer_scale is not None, call.fc2_bias is not None
     fc1_cast, fc2_cast = (weight.dtype != call.compute for weight in (call.fc1_weight, call.fc2_weight))
     scaling = scaled * (1 + (call.compute != torch.float32))
-    narrow = is_narrow(call.x.shape[-1])
+    narrow = stays_on_chip(call)
     if direction == "forward":
         count = fc1_cast + (scaling if scaled else fc2_cast) + (scaled and biased) + 2 * call.batch_stats
         return count + 1 if narrow else count + triton_wide.launch_count(call, direction)

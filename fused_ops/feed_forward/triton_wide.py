@@ -1,9 +1,10 @@
-"""The feed-forward chain of wide tokens: PyTorch's matrix products, and Triton kernels for all in between.
+"""The feed-forward chain with its hidden map in memory: PyTorch's products, Triton kernels in between.
 
-A tile with all channels of wide tokens leaves no registers for hidden units beside it, so the hidden map is
-in memory here, as a product's output and another's input. The kernels do each other step in one pass over it
-or over the tokens: the norm; the activation; its derivative together with the activation itself, which is not
-kept; drop path and residual; the norm's backward with the residual's gradient.
+For wide tokens, of which a tile with all channels leaves no registers for hidden units beside it, and for
+chains with a convolution. The kernels do each other step in one pass over the hidden map or over the tokens:
+the norm; the activation; its derivative together with the activation itself, which is not kept; drop path and
+residual; the norm's backward with the residual's gradient. The convolution's are in
+:mod:`fused_ops.feed_forward.triton_conv`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fused_ops.core import distributed
 from fused_ops.core.statistics import finish_gradients
 from fused_ops.core.triton_matrices import vector
 from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
+from fused_ops.feed_forward import triton_conv
 from fused_ops.feed_forward.triton_rows import (
     activated,
     activated_gradient,
@@ -246,6 +248,13 @@ def _normalised(launches: Any, statistics: tuple[Tensor | None, Tensor | None], 
     return out
 
 
+def _tokens_like(launches: Any) -> Tensor:
+    """Room for what the norm gives; empty where that is x itself."""
+    call = launches.call
+    rows, _, channels, _ = launches.sizes
+    return call.x.new_empty((rows, channels) if call.has_normalised else 0, dtype=call.compute)
+
+
 def _scaled(launches: Any, value: Tensor, residual: Tensor | None, out: Tensor) -> None:
     """``out`` = value (B, N, C) times drop path plus residual."""
     rows, tokens, channels, _ = launches.sizes
@@ -284,14 +293,19 @@ def forward(
     call = launches.call
     rows, _, channels, _ = launches.sizes
     fc1_weight, fc1_bias, fc2_weight = launches.matrices()
+    if not normalised.numel():
+        normalised = _tokens_like(launches)
     if not call.keep_value:
-        normalised = call.x.new_empty((rows, channels) if call.has_normalised else 0, dtype=call.compute)
         value = call.x.new_empty((rows, launches.hidden), dtype=call.compute)
     _product(_normalised(launches, statistics, normalised), fc1_weight, fc1_bias, value)
-    # Without a gradient to come, in place.
-    hidden = torch.empty_like(value) if call.keep_value else value
-    grid, meta = _flat(value.numel())
-    activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
+    if call.conv_weight is not None:
+        hidden = torch.empty_like(value)
+        triton_conv.convolve(call, value, hidden)
+    else:
+        # Without a gradient to come, in place.
+        hidden = torch.empty_like(value) if call.keep_value else value
+        grid, meta = _flat(value.numel())
+        activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
     branch = _product(hidden, fc2_weight, fc2_bias, call.x.new_empty((rows, channels), dtype=call.compute))
     residual = call.x if call.identity else call.residual
     _scaled(launches, branch.view(call.x.shape), residual, out)
@@ -309,7 +323,8 @@ def backward(
     Args:
         grad: of the result (B, N, C), in any layout.
         normalised, value: what :func:`forward` kept.
-        gradients: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale.
+        gradients: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale,
+            conv_weight, conv_bias.
     """
     (
         x_grad,
@@ -320,6 +335,7 @@ def backward(
         norm_weight_grad,
         norm_bias_grad,
         layer_scale_grad,
+        *of_conv,
     ) = gradients
     call = launches.call
     rows, tokens, channels, _ = launches.sizes
@@ -335,22 +351,38 @@ def backward(
     to_input = x_grad is not None or affine
     to_value = to_input or fc1_weight_grad is not None or fc1_bias_grad is not None
     of_fc2 = fc2_weight_grad is not None or layer_scale_grad is not None
-    value_grad = branch_grad @ fc2_weight if to_value else None
-    hidden = torch.empty_like(value) if of_fc2 else None
-    if to_value or of_fc2:
-        grid, meta = _flat(value.numel())
-        activation_backward_kernel[grid](
-            value, value_grad, hidden, value.numel(), ACTIVATION=call.activation, **meta
-        )
-    if of_fc2:
-        _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+    to_hidden = to_value or any(gradient is not None for gradient in of_conv)
+    if call.conv_weight is None:
+        value_grad = branch_grad @ fc2_weight if to_value else None
+        hidden = torch.empty_like(value) if of_fc2 else None
+        if to_value or of_fc2:
+            grid, meta = _flat(value.numel())
+            activation_backward_kernel[grid](
+                value, value_grad, hidden, value.numel(), ACTIVATION=call.activation, **meta
+            )
+        if of_fc2:
+            _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+        if fc1_bias_grad is not None:
+            fc1_bias_grad.copy_(value_grad.sum(0, dtype=torch.float32))
+    else:
+        hidden, raw = triton_conv.convolve_again(call, value, of_fc2, to_hidden)
+        if of_fc2:
+            _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+        # Before more of its size is allocated.
+        del hidden
+        if to_hidden:
+            value_grad = torch.empty_like(value) if to_input or fc1_weight_grad is not None else None
+            triton_conv.backward(
+                call, branch_grad @ fc2_weight, value, raw, value_grad, fc1_bias_grad, *of_conv
+            )
     if fc2_bias_grad is not None:
         total = branch_grad.sum(0, dtype=torch.float32)
         fc2_bias_grad.copy_(total if call.layer_scale is None else total * call.layer_scale)
-    if fc1_bias_grad is not None:
-        fc1_bias_grad.copy_(value_grad.sum(0, dtype=torch.float32))
     if fc1_weight_grad is not None:
-        normalised = normalised if call.has_normalised else call.x.reshape(rows, channels)
+        if not call.has_normalised:
+            normalised = call.x.reshape(rows, channels)
+        elif call.conv_weight is not None:
+            normalised = _normalised(launches, statistics, _tokens_like(launches))
         fc1_weight_grad.copy_(value_grad.t() @ normalised)
     if not to_input:
         return
@@ -435,11 +467,15 @@ def launch_count(call: Any, direction: str) -> int:
     """Launches beside those for the matrices and a BatchNorm's statistics; PyTorch's included."""
     biases = [bias for bias in (call.fc1_bias, call.fc2_bias) if bias is not None]
     if direction == "forward":
-        # The norm, fc1, the activation, fc2, the residual.
+        # The norm, fc1, the activation or the convolution, fc2, the residual.
         return call.has_normalised + 4 + sum(bias.dtype != call.compute for bias in biases)
     scaled = int(call.layer_scale is not None)
     # Products: each layer's two; the activation; copies to both weights' gradients; the input's gradient.
     count = 4 + 1 + 2 + 1 + 2 * (call.norm != "none")
+    if call.conv_weight is not None:
+        # In the activation's place the convolution, its gradients and their merge, which is fc1's bias's too;
+        # the norm once more.
+        count += 2 + call.has_normalised - 2 * (call.fc1_bias is not None)
     count += int(call.drop_path is not None or call.out_dtype != call.compute)
     count += 2 * len(biases) + scaled * (1 + (call.fc2_bias is not None))
     # The layer scale's gradient: two casts, product, sum and copy; fc2's bias in it: sum, product, addition.

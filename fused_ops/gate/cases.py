@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -199,4 +200,132 @@ def context_cases() -> Sequence[Case]:
             for layout in ("channels_last", "nchw")
         ),
         *_model_cases("resnet_50", RESNET_50[1:], "gc", **inputs),
+    )
+
+
+def _maps_case(
+    name: str,
+    shape: Shape,
+    count: int,
+    *tags: str,
+    names: tuple[str, str, str] = ("maps", "position_gates", "channel_gates"),
+    gates: int = 0,
+    layout: str = "channels_last",
+    model: str = "",
+    calls: int = 1,
+) -> Case:
+    """A case of several maps.
+
+    Args:
+        names: of the arguments with the maps, with what is per position and with what is per channel; the
+            last one empty where there is none.
+        gates: how many of each of the latter, 0 for ``count``.
+    """
+    batch, channels, height, width = shape
+    gates = gates or count
+
+    def make(
+        generator: torch.Generator, dtype: torch.dtype, device: torch.device, layout: str
+    ) -> dict[str, Any]:
+        def random(size: tuple[int, ...]) -> tuple[Tensor, ...]:
+            values = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(gates))
+            return tuple(value.to(device=device, dtype=dtype).requires_grad_() for value in values)
+
+        arguments = {
+            names[0]: tuple(make_map(shape, generator, dtype, device, layout) for _ in range(count)),
+            names[1]: random((batch, 1, height, width)),
+        }
+        if names[2]:
+            arguments[names[2]] = random((batch, channels))
+        return arguments
+
+    return Case(name, make, frozenset(tags), model, calls, layout)
+
+
+# Maps of AFA-DLA-34 at 1024x2048, (channels, height, fusions); twice as wide as high.
+AFA_DLA_34 = ((256, 64, 1), (128, 128, 2), (64, 256, 3), (32, 512, 4))
+
+
+def fusion_cases() -> Sequence[Case]:
+    """Cases of :func:`fused_ops.gate.attentive_fusion`, as above."""
+
+    def case(name: str, shape: Shape, *tags: str, **options: Any) -> Case:
+        made = _maps_case(name, shape, 2, *tags, gates=1, **options)
+
+        def make(*inputs: Any) -> dict[str, Any]:
+            arguments = made.make(*inputs)
+            x, y = arguments["maps"]
+            (position_gate,), (channel_gate,) = arguments["position_gates"], arguments["channel_gates"]
+            return {"x": x, "y": y, "position_gate": position_gate, "channel_gate": channel_gate}
+
+        return replace(made, make=make)
+
+    return (
+        case("plain", (2, 12, 4, 6), "tiny"),
+        case("parts", (1, 35, 3, 15), "tiny"),
+        case("one_pixel", (2, 5, 1, 1), "awkward"),
+        case("one_channel", (2, 1, 3, 3), "awkward"),
+        case("nchw", (2, 9, 4, 5), layout="nchw"),
+        case("empty", (0, 8, 6, 6), "awkward"),
+        case("traffic", (1, 16, 16, 24), "traffic"),
+        *(
+            case(f"resources_{layout}", _LARGE, "resources", layout=layout)
+            for layout in ("channels_last", "nchw")
+        ),
+        case("resources_small", (2, 256, 14, 14), "resources"),
+        *(
+            case(f"afa_dla_34_{c}x{h}", (1, c, h, 2 * h), "model", model="afa_dla_34", calls=calls)
+            for c, h, calls in AFA_DLA_34
+        ),
+    )
+
+
+def multi_level_cases() -> Sequence[Case]:
+    """Cases of :func:`fused_ops.gate.multi_level_fusion`, as above."""
+    return (
+        _maps_case("three", (2, 12, 4, 6), 3, "tiny"),
+        _maps_case("two", (1, 35, 3, 5), 2, "tiny"),
+        _maps_case("four", (1, 3, 9, 8), 4, "awkward"),
+        _maps_case("many_channels", (1, 140, 2, 3), 3, "awkward"),
+        _maps_case("one", (2, 5, 2, 3), 1, "awkward"),
+        _maps_case("one_pixel", (2, 5, 1, 1), 3, "awkward"),
+        _maps_case("one_channel", (2, 1, 3, 3), 3, "awkward"),
+        _maps_case("nchw", (2, 9, 4, 5), 3, layout="nchw"),
+        _maps_case("empty", (0, 8, 6, 6), 3, "awkward"),
+        _maps_case("traffic", (1, 16, 16, 24), 3, "traffic"),
+        *(
+            _maps_case(f"resources_{layout}_{count}", _LARGE, count, "resources", layout=layout)
+            for layout, count in (("channels_last", 3), ("channels_last", 5), ("nchw", 3))
+        ),
+        _maps_case("afa_dla_34", (1, 32, 512, 1024), 3, "model", model="afa_dla_34"),
+    )
+
+
+def render_cases() -> Sequence[Case]:
+    """Cases of :func:`fused_ops.gate.render_scales`, as above."""
+    names = ("predictions", "densities", "")
+    return (
+        _maps_case("three", (2, 12, 4, 6), 3, "tiny", names=names),
+        _maps_case("five", (1, 19, 3, 5), 5, "tiny", names=names),
+        _maps_case("one_pixel", (2, 5, 1, 1), 2, "awkward", names=names),
+        _maps_case("nchw", (2, 9, 4, 5), 2, layout="nchw", names=names),
+        _maps_case("empty", (0, 8, 6, 6), 2, "awkward", names=names),
+        _maps_case("traffic", (1, 19, 16, 16), 2, "traffic", names=names),
+        *(
+            _maps_case(f"resources_{layout}", (2, 19, 256, 512), 5, "resources", layout=layout, names=names)
+            for layout in ("channels_last", "nchw")
+        ),
+        _maps_case("afa_dla_34", (1, 19, 1024, 2048), 2, "model", model="afa_dla_34", names=names),
+    )
+
+
+def weighted_cases() -> Sequence[Case]:
+    """Cases of :func:`fused_ops.gate.weighted_sum`, as above."""
+    names = ("maps", "weights", "")
+    return (
+        _maps_case("three", (2, 12, 4, 6), 3, "tiny", names=names),
+        _maps_case("one_pixel", (2, 5, 1, 1), 2, "awkward", names=names),
+        _maps_case("nchw", (2, 9, 4, 5), 4, layout="nchw", names=names),
+        _maps_case("traffic", (1, 19, 16, 16), 2, "traffic", names=names),
+        _maps_case("resources", (2, 19, 256, 512), 5, "resources", names=names),
     )

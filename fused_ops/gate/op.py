@@ -17,16 +17,28 @@ from fused_ops.core.checks import (
     check_activation,
     check_alike,
     check_choice,
+    check_companion,
     check_direction,
     check_map,
     check_parameter,
 )
 from fused_ops.gate import reference, triton
-from fused_ops.gate.cases import channel_cases, context_cases, map_cases, position_cases, scale_cases
+from fused_ops.gate.cases import (
+    channel_cases,
+    context_cases,
+    fusion_cases,
+    map_cases,
+    multi_level_cases,
+    position_cases,
+    render_cases,
+    scale_cases,
+    weighted_cases,
+)
 
 GATES = tuple(reference.GATES)
 POOLINGS = reference.POOLINGS
 COMBINATIONS = ("product", "sum")
+MOST_MAPS = triton.MOST_MAPS
 
 
 @dataclass
@@ -124,6 +136,39 @@ class ContextCall(_Call):
         return {}
 
 
+@dataclass
+class AggregateCall(_Call):
+    """One checked call of an aggregation; ``x`` is the first map.
+
+    Attributes:
+        slots: maps, gates of positions, MOST_MAPS of each with None for those that are absent, and the gates
+            of channels (B, C, layers) or None.
+        opacity, reverse_channels: see :func:`fused_ops.gate.reference.aggregate`.
+    """
+
+    slots: tuple[Tensor | None, ...]
+    opacity: str
+    reverse_channels: bool
+    needs_grad: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of maps."""
+        return sum(one is not None for one in self.slots[:MOST_MAPS])
+
+    @property
+    def layers(self) -> int:
+        """Number of gates of positions, which is that of channels."""
+        return sum(gate is not None for gate in self.slots[MOST_MAPS:-1])
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "maps": self.count,
+            "opacity": self.opacity,
+            "channel_gates": self.slots[-1] is not None,
+        }
+
+
 # Poolings
 
 
@@ -208,10 +253,10 @@ def _poolings(name: str, given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _check_x(x: Tensor) -> None:
-    check_map("x", x)
+def _check_x(x: Tensor, name: str = "x") -> None:
+    check_map(name, x)
     if min(x.shape[1:]) < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; channels, height and width must be at least 1")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; channels, height and width must be at least 1")
 
 
 def _suited(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -731,3 +776,276 @@ library.register(
         triton.context_launch_count,
     )
 )
+
+
+# Aggregation
+
+
+def attentive_fusion(x: Tensor, y: Tensor, position_gate: Tensor, channel_gate: Tensor) -> Tensor:
+    """``s (1 - c) x + (1 - s) c y`` with s and c the sigmoids of two gates, in one pass each way.
+
+    The binary fusion of attentive feature aggregation (Yang et al., WACV 2023, arXiv 2111.00770, section 3):
+    where to look comes from the shallower map, what to look for from the deeper one.
+
+    Args:
+        x: shallower map (B, C, H, W), channels_last or NCHW, slices too; float32, float16, bfloat16 or
+            float64.
+        y: deeper map of that size, in the dtype of ``x``; fastest in its layout.
+        position_gate: logits of s, (B, 1, H, W), in the dtype of ``x`` or float32.
+        channel_gate: logits of c, (B, C), the same.
+
+    Returns:
+        (B, C, H, W) in the dtype, under autocast too, and the memory format of ``x``.
+
+    Raises:
+        ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
+        fused_ops.BackendUnavailableError: a backend was requested by name and cannot run this call.
+    """
+    # Where it is clear that one looks, x is in front; what one looks for is in y, before x.
+    return _aggregate(
+        "attentive_fusion",
+        {"x": x, "y": y},
+        {"position_gate": position_gate},
+        {"channel_gate": channel_gate},
+        "sigmoid",
+        reverse_channels=True,
+    )
+
+
+def multi_level_fusion(
+    maps: Sequence[Tensor], position_gates: Sequence[Tensor], channel_gates: Sequence[Tensor]
+) -> Tensor:
+    """Sum of up to five maps, coarsest first, each seen through the finer ones, in one pass each way.
+
+    The multi-level fusion of attentive feature aggregation (Yang et al., WACV 2023, arXiv 2111.00770,
+    section 3): ``sum_k w_k v_k maps[k]`` with ``w_k = s_k prod_{j>k} (1 - s_j)``, ``v_k`` the same of c, and
+    s and c the sigmoids of the gates.
+
+    Args:
+        maps: (B, C, H, W) each, all of one size and dtype, channels_last or NCHW, slices too; float32,
+            float16, bfloat16 or float64; fastest in one layout.
+        position_gates: logits of s, (B, 1, H, W) for each map, in the dtype of the maps or float32.
+        channel_gates: logits of c, (B, C) for each map, the same.
+
+    Returns:
+        (B, C, H, W) in the dtype, under autocast too, and the memory format of the last map, the finest.
+
+    Raises:
+        ValueError, TypeError, fused_ops.BackendUnavailableError: as :func:`attentive_fusion`.
+    """
+    named = (
+        _one_each("maps", maps, maps),
+        _one_each("position_gates", position_gates, maps),
+        _one_each("channel_gates", channel_gates, maps),
+    )
+    # Layers are counted from the front, which is the finest map.
+    return _aggregate("multi_level_fusion", *(dict(list(given.items())[::-1]) for given in named), "sigmoid")
+
+
+def render_scales(predictions: Sequence[Tensor], densities: Sequence[Tensor]) -> Tensor:
+    """Sum of predictions at up to five scales by volume rendering along the scales, in one pass each way.
+
+    Scale-space rendering (Yang et al., WACV 2023, arXiv 2111.00770, section 3):
+    ``sum_r (1 - exp(-phi_r)) prod_{q<r} exp(-phi_q) predictions[r]`` with ``phi = |density|``. The weights
+    sum to ``1 - exp(-sum of phi)``.
+
+    Args:
+        predictions: (B, C, H, W) each, the smallest scale first, all of one size and dtype, channels_last or
+            NCHW, slices too; float32, float16, bfloat16 or float64; fastest in one layout.
+        densities: (B, 1, H, W) for each prediction, in its dtype or float32. Their sign is dropped; at zero
+            they have a gradient of zero, as PyTorch's ``abs``.
+
+    Returns:
+        (B, C, H, W) in the dtype, under autocast too, and the memory format of the first prediction.
+
+    Raises:
+        ValueError, TypeError, fused_ops.BackendUnavailableError: as :func:`attentive_fusion`.
+    """
+    named = _one_each("predictions", predictions, predictions), _one_each("densities", densities, predictions)
+    return _aggregate("render_scales", *named, None, "density")
+
+
+def weighted_sum(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """``sum_k weights[k] maps[k]`` of up to five maps with a weight per position, in one pass each way.
+
+    Args:
+        maps: as of :func:`multi_level_fusion`.
+        weights: (B, 1, H, W) for each map, in the dtype of the maps or float32.
+
+    Returns:
+        (B, C, H, W) in the dtype, under autocast too, and the memory format of the first map.
+
+    Raises:
+        ValueError, TypeError, fused_ops.BackendUnavailableError: as :func:`attentive_fusion`.
+    """
+    named = _one_each("maps", maps, maps), _one_each("weights", weights, maps)
+    return _aggregate("weighted_sum", *named, None, "none")
+
+
+def _one_each(name: str, given: Sequence[Tensor], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors of an argument by the names that messages have for them."""
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"{name} is a {type(given).__name__}; it must be a list or tuple of tensors")
+    if not 1 <= len(given) <= MOST_MAPS:
+        raise ValueError(f"{name} has {len(given)} tensors; it must have 1 to {MOST_MAPS}")
+    if len(given) != len(maps):
+        raise ValueError(f"{name} has {len(given)} tensors; it must have {len(maps)}, one for each map")
+    return {f"{name}[{k}]": tensor for k, tensor in enumerate(given)}
+
+
+def _aggregate(
+    operator: str,
+    maps: dict[str, Tensor],
+    positions: dict[str, Tensor],
+    channels: dict[str, Tensor] | None,
+    opacity: str,
+    reverse_channels: bool = False,
+) -> Tensor:
+    """Checks, and the choice of a backend. Maps and gates by name, the front layer of the positions first."""
+    (first, x), *_ = maps.items()
+    _check_x(x, first)
+    for name, one in maps.items():
+        if one.shape != x.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(one.shape)}; it must be that of {first}, {tuple(x.shape)}"
+            )
+    images, count, height, width = x.shape
+    maps, positions, channels = (
+        dict(zip(named, _suited(x, *named.values()), strict=True))
+        for named in (maps, positions, channels or {})
+    )
+    for name, one in maps.items():
+        check_alike(name, one, x, first)
+    for gates, shape, what in (
+        (positions, (images, 1, height, width), "one value per position"),
+        (channels, (images, count), "one logit per image and channel"),
+    ):
+        for name, gate in gates.items():
+            if tuple(gate.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be {shape}, {what}")
+            check_companion(name, gate, x, first)
+    gates = [gate[:, :, None] for gate in channels.values()]
+    channel_gates = torch.cat(gates, 2) if len(gates) > 1 else None
+    slots = (
+        *maps.values(),
+        *(None,) * (MOST_MAPS - len(maps)),
+        *positions.values(),
+        *(None,) * (MOST_MAPS - len(positions)),
+        gates[0] if len(gates) == 1 else channel_gates,
+    )
+    call = AggregateCall(x, slots, opacity, reverse_channels, any_requires_grad(*slots))
+    backend = choose(operator, AGGREGATE_BACKENDS, call)
+    if backend.forward is None:
+        return reference.aggregate(
+            tuple(maps.values()), tuple(positions.values()), slots[-1], opacity, reverse_channels
+        )
+    return _AGGREGATE.run(call.needs_grad, *slots, opacity, reverse_channels, backend.name)
+
+
+_AGGREGATE_NAMES = (
+    *(f"map_{k}" for k in range(MOST_MAPS)),
+    *(f"position_gate_{k}" for k in range(MOST_MAPS)),
+    "channel_gates",
+)
+_AGGREGATE_TENSORS = ", ".join(f"Tensor{'' if name == 'map_0' else '?'} {name}" for name in _AGGREGATE_NAMES)
+_AGGREGATE_FORWARD = (
+    f"map_aggregate_forward({_AGGREGATE_TENSORS}, str opacity, bool reverse_channels, str backend) -> Tensor"
+)
+_AGGREGATE_BACKWARD = (
+    f"map_aggregate_backward(Tensor grad, {_AGGREGATE_TENSORS}, str opacity, bool reverse_channels, "
+    f"bool[] needs, str backend) -> ({', '.join(f'Tensor {name}_grad' for name in _AGGREGATE_NAMES)})"
+)
+
+
+def _aggregate_call(*arguments) -> AggregateCall:
+    *slots, opacity, reverse_channels = arguments
+    return AggregateCall(slots[0], tuple(slots), opacity, reverse_channels)
+
+
+def _aggregate_forward(*inputs):
+    call = _aggregate_call(*inputs[:-1])
+    return _named(inputs[-1], AGGREGATE_BACKENDS).forward(call, library.empty(call.x.shape, call.x))
+
+
+def _aggregate_forward_fake(x, *_):
+    return library.empty(x.shape, x)
+
+
+def _aggregate_backward(grad, *inputs):
+    *arguments, needs, backend = inputs
+    call = _aggregate_call(*arguments)
+    gradients = _gradients(call.slots, needs, call.x)
+    return _named(backend, AGGREGATE_BACKENDS).backward(call, grad, list(needs), *gradients)
+
+
+def _aggregate_backward_fake(grad, *inputs):
+    return _gradients(inputs[: len(_AGGREGATE_NAMES)], inputs[-2], inputs[0])
+
+
+def _aggregate_setup(ctx, inputs, output) -> None:
+    *slots, opacity, reverse_channels, ctx.backend = inputs
+    ctx.options = (opacity, reverse_channels)
+    ctx.save_for_backward(*slots)
+    ctx.set_materialize_grads(False)
+
+
+def _aggregate_autograd(ctx, grad):
+    rest = (None,) * 3
+    needs = [bool(needed) for needed in ctx.needs_input_grad[: len(_AGGREGATE_NAMES)]]
+    if grad is None or not any(needs):
+        return (*(None,) * len(needs), *rest)
+    gradients = _AGGREGATE.run_backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    return (*gradients, *rest)
+
+
+def aggregate_least_bytes(call: AggregateCall, direction: str) -> int:
+    """Bytes that an aggregation has to move through memory; what there is one of per channel is left out.
+
+    Forward: maps and gates of positions are read, the result is written. Backward, with all gradients: the
+    gradient, the maps and the gates of positions are read, and a gradient is written for each of the latter.
+    """
+    check_direction(direction)
+    x = call.x.element_size() * call.x.numel()
+    gates = (gate for gate in call.slots[MOST_MAPS:-1] if gate is not None)
+    positions = sum(gate.element_size() * gate.numel() for gate in gates)
+    if direction == "forward":
+        return (call.count + 1) * x + positions
+    return (2 * call.count + 1) * x + 2 * positions
+
+
+AGGREGATE_BACKENDS = (
+    Backend("triton", triton.can_run, triton.aggregate_forward, triton.aggregate_backward),
+    Backend("reference", reference_can_run),
+)
+
+
+_AGGREGATE = library.DifferentiableOperator(
+    _AGGREGATE_FORWARD,
+    _AGGREGATE_BACKWARD,
+    forward=_aggregate_forward,
+    forward_fake=_aggregate_forward_fake,
+    forward_flops=_no_flops,
+    backward=_aggregate_backward,
+    backward_fake=_aggregate_backward_fake,
+    backward_flops=_no_flops,
+    setup_context=_aggregate_setup,
+    autograd=_aggregate_autograd,
+    once_differentiable=_ONCE,
+)
+for _name, _function, _cases in (
+    ("attentive_fusion", attentive_fusion, fusion_cases),
+    ("multi_level_fusion", multi_level_fusion, multi_level_cases),
+    ("render_scales", render_scales, render_cases),
+    ("weighted_sum", weighted_sum, weighted_cases),
+):
+    library.register(
+        library.Operator(
+            _name,
+            _function,
+            AGGREGATE_BACKENDS,
+            _cases,
+            aggregate_least_bytes,
+            _AGGREGATE.overloads,
+            triton.aggregate_launch_count,
+        )
+    )

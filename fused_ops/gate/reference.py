@@ -1,4 +1,4 @@
-"""Poolings of a map and its gating in plain PyTorch: the definition.
+"""Poolings of a map, its gating, and gated sums of maps in plain PyTorch: the definition.
 
 Runs on any device and dtype, float64 too, with PyTorch's own autograd. It is the oracle of the tests, the
 path taken where no kernel can run, and the baseline of the measurements.
@@ -17,6 +17,7 @@ from fused_ops.core.activations import FUNCTIONS
 
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid, "none": lambda x: x}
 POOLINGS = ("mean", "max", "entropy")
+OPACITIES = ("sigmoid", "density", "none")
 
 
 def softmax_entropy(x: Tensor, dim: int | tuple[int, ...], normalise: bool = True) -> Tensor:
@@ -124,3 +125,55 @@ def gate_scale(
     if residual is not None:
         out = out + residual
     return FUNCTIONS[activation](out)
+
+
+def layer_weights(values: Sequence[Tensor], count: int, opacity: str) -> list[Tensor]:
+    """Weights of ``count`` layers, the front one first: its opacity times how clear those before it are.
+
+    Args:
+        values: one per layer, or one less, which makes the last layer opaque.
+        opacity: ``sigmoid``: that of the value; ``density``: ``1 - exp(-|value|)``; ``none``: the values are
+            the weights.
+    """
+    if opacity == "none":
+        return list(values)
+    weights = []
+    before = None
+    for value in values:
+        if opacity == "sigmoid":
+            opaque, clear = value.sigmoid(), (-value).sigmoid()
+        else:
+            density = value.abs()
+            opaque, clear = -torch.expm1(-density), (-density).exp()
+        weights.append(opaque if before is None else before * opaque)
+        before = clear if before is None else before * clear
+    return weights if len(values) == count else [*weights, before]
+
+
+def aggregate(
+    maps: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    channels: Tensor | None = None,
+    opacity: str = "sigmoid",
+    reverse_channels: bool = False,
+) -> Tensor:
+    """Sum of ``maps``, each times its weight per position and its weight per channel.
+
+    Args:
+        maps: (B, C, H, W) each, the front layer of the positions first.
+        positions: (B, 1, H, W) each, see :func:`layer_weights`.
+        channels: (B, C, layers), the same for channels; None for no weights per channel.
+        opacity: of :data:`OPACITIES`.
+        reverse_channels: the front layer of the channels is the last map.
+    """
+    dtype = maps[0].dtype
+    weights = layer_weights([value.to(dtype) for value in positions], len(maps), opacity)
+    if channels is not None:
+        values = [value[:, :, None, None] for value in channels.to(dtype).unbind(2)]
+        others = layer_weights(values, len(maps), opacity)
+        others = others[::-1] if reverse_channels else others
+        weights = [weight * other for weight, other in zip(weights, others, strict=True)]
+    out = maps[0] * weights[0]
+    for one, weight in zip(maps[1:], weights[1:], strict=True):
+        out = out + one * weight
+    return out

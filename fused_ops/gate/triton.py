@@ -1,9 +1,9 @@
 """The Triton backend of gates: what it can run, and its launches.
 
 Poolings: one launch forward, two where several programs share a channel's positions; backward one, and a
-second one that adds up the channel gate's gradient where that has parts. Scaling: one launch each way, and
-one that adds up sums per channel where these have parts. Context pooling: two launches each way. All sums are
-taken in a fixed order, without atomics: results repeat bitwise.
+second one that adds up the channel gate's gradient where that has parts. Scaling and sums of maps: one launch
+each way, and one that adds up sums per channel where these have parts. Context pooling: two launches each
+way. All sums are taken in a fixed order, without atomics: results repeat bitwise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from fused_ops.core.backends import device_of, triton_takes
+from fused_ops.core.library import is_channels_last
 from fused_ops.core.statistics import finish_gradients
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
+from fused_ops.gate.triton_aggregation import aggregate_backward_kernel, aggregate_forward_kernel
 from fused_ops.gate.triton_context import (
     context_backward_kernel,
     context_forward_kernel,
@@ -29,6 +31,8 @@ from fused_ops.gate.triton_scale import scale_backward_kernel, scale_forward_ker
 # Eight programs for each multiprocessor of the largest GPUs. A constant, so that the order of the sums, and
 # with it every bit of the result, is the same on all GPUs.
 PROGRAMS = 1056
+# Maps that the kernels of an aggregation have arguments for.
+MOST_MAPS = 5
 
 
 def can_run(call: Any) -> tuple[bool, str]:
@@ -81,6 +85,7 @@ def plan(
     block_p: int = 0,
     area: int = 2048,
     least_part: int = 512,
+    per_thread: int = 8,
     **options: int,
 ) -> Plan:
     """Plan for a map, a rule of thumb.
@@ -93,6 +98,7 @@ def plan(
         block_p: positions of a tile, 0 for what suits the layout.
         area: values of a tile.
         least_part: of ``channels``: positions of a part, at least.
+        per_thread: values of a tile per thread, each with its running values.
         options: of the launch.
     """
     block_p = block_p or (area // min(64, next_power_of_2(channels)) if channels_inner else 128)
@@ -109,8 +115,7 @@ def plan(
     meta = {
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
-        # Eight values of a tile per thread, each with up to five running values.
-        "num_warps": max(1, min(16, block_p * block_c // 256)),
+        "num_warps": max(1, min(16, block_p * block_c // (32 * per_thread))),
         "enable_fp_fusion": True,
         **options,
     }
@@ -348,12 +353,17 @@ def pool_backward(
 def _scale_plan(call: Any, needs: list[bool] | None = None) -> Plan:
     if needs is None:
         return _plan(call.x, "tiles")
-    if needs[2]:
-        images, _, height, width = call.x.shape
-        # Small maps have few programs of 64 positions each.
-        few = images * ceil_div(height * width, 64) < PROGRAMS // 4
-        return _plan(call.x, "positions", block_p=16 if few else 64)
-    return _plan(call.x, "channels", least_part=256)
+    return _sums_plan(call.x, needs[2])
+
+
+def _sums_plan(x: Tensor, per_position: bool, least_p: int = 16, **options: int) -> Plan:
+    """Plan for sums over channels, ``per_position``, or else only over positions; a tile has ``least_p``."""
+    if not per_position:
+        return _plan(x, "channels", least_part=256, **options)
+    images, _, height, width = x.shape
+    # Small maps have few programs of 64 positions each.
+    few = images * ceil_div(height * width, 64) < PROGRAMS // 4
+    return _plan(x, "positions", block_p=least_p if few else 64, **options)
 
 
 def _scale_arguments(call: Any) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
@@ -534,6 +544,116 @@ def context_backward(
     return gradients
 
 
+# Of aggregation
+
+
+def _aggregate_plan(call: Any, needs: list[bool] | None = None) -> Plan:
+    # Each map has values of its own in flight, and backward running ones.
+    if needs is None:
+        return _plan(call.x, "tiles", area=1024, per_thread=4)
+    options = {}
+    if call.count > 2:
+        size = 2 if call.count > 3 else 4
+        # The compiler for some architectures would rather spill a few registers than take more of them.
+        options = {"area": 256 * size, "per_thread": size, "maxnreg": 200}
+    # Every layer has a sum per channel and part: at 16 positions, more than a tenth of what the maps weigh.
+    return _sums_plan(call.x, any(needs[MOST_MAPS:-1]), 16 if call.layers < 2 else 32, **options)
+
+
+def _aggregate_arguments(
+    call: Any, read: tuple[Tensor, ...], written: tuple[Tensor | None, ...]
+) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: pointers, strides, compile-time values.
+
+    Args:
+        read: further maps that the kernel reads, whose strides come first.
+        written: dense maps that it writes, None for those that nobody asked for.
+    """
+    maps = call.slots[:MOST_MAPS]
+    strides, flat = _map_strides(*read, *maps)
+    alike = all(one is None or one.stride() == call.x.stride() for one in (*read, *maps, *written))
+    inner = (not alike and one is not None and is_channels_last(one) for one in written)
+    for gate in call.slots[MOST_MAPS:-1]:
+        position = _strides(gate, 4)
+        strides += [position[0], *position[2:]]
+    options = {
+        "COUNT": call.count,
+        "LAYERS": call.layers,
+        "OPACITY": call.opacity,
+        "REVERSED": call.reverse_channels,
+        "ALIKE": alike,
+        "INNER": sum(bit << k for k, bit in enumerate(inner)),
+        "FLAT": flat,
+    }
+    return call.slots, (*strides, *_strides(call.slots[-1], 3)), options
+
+
+def aggregate_forward(call: Any, out: Tensor) -> Tensor:
+    """Launch the forward kernel of an aggregation that :func:`can_run`; fills and returns ``out``."""
+    _, channels, height, width = out.shape
+    made = _aggregate_plan(call)
+    pointers, strides, options = _aggregate_arguments(call, (), (out,))
+    with device_of(out):
+        aggregate_forward_kernel[made.grid](
+            *pointers,
+            out,
+            channels,
+            height * width,
+            width,
+            *made.ranges,
+            *strides,
+            **options,
+            **made.meta,
+        )
+    return out
+
+
+def aggregate_backward(call: Any, grad: Tensor, needs: list[bool], *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Launch the backward kernels; fills the needed ones of the gradients and returns all.
+
+    Args:
+        grad: (B, C, H, W) with any strides.
+        needs: which of the maps, the gates of positions and those of channels get a gradient.
+    """
+    images, channels, height, width = call.x.shape
+    wanted = [_present(*pair) for pair in zip(gradients, needs, strict=True)]
+    made = _aggregate_plan(call, needs)
+    sums, partial = wanted[-1], None
+    # Strides of parts, layers and channels.
+    sum_strides = (0, 1, call.layers)
+    if sums is not None and made.parts > 1:
+        partial = _floats((made.parts, call.layers, images * channels), grad)
+        sum_strides = partial.stride()
+    pointers, strides, options = _aggregate_arguments(call, (grad,), tuple(wanted[:MOST_MAPS]))
+    with device_of(grad):
+        aggregate_backward_kernel[made.grid](
+            grad,
+            *pointers,
+            *wanted[:-1],
+            sums if partial is None else partial,
+            channels,
+            height * width,
+            width,
+            *made.ranges,
+            made.steps,
+            *sum_strides,
+            *strides,
+            **options,
+            POSITION_SUMS=any(needs[MOST_MAPS:-1]),
+            **made.meta,
+        )
+        if partial is not None:
+            finish_gradients(
+                partial,
+                images * channels,
+                parts=made.parts,
+                part_stride=sum_strides[0],
+                taps=call.layers,
+                weight_grad=sums,
+            )
+    return gradients
+
+
 def pool_launch_count(call: Any, direction: str) -> int:
     """Launches of poolings with every gradient."""
     if direction == "forward":
@@ -555,3 +675,11 @@ def scale_launch_count(call: Any, direction: str) -> int:
 def context_launch_count(call: Any, direction: str) -> int:
     """Launches of a context pooling with every gradient."""
     return 2
+
+
+def aggregate_launch_count(call: Any, direction: str) -> int:
+    """Launches of an aggregation with every gradient."""
+    if direction == "forward":
+        return 1
+    needs = [tensor is not None for tensor in call.slots]
+    return 1 + (needs[-1] and _aggregate_plan(call, needs).parts > 1)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from fused_ops.core.activations import activate, activation_gradient
 from fused_ops.core.triton_support import jit, tl
-from fused_ops.gate.triton_tiles import gate_backward, gate_of, load_tile, position_offsets, program_ranges
-
-
-@jit
-def _load_channels(pointer, image, c, stride_b, stride_c, ok):
-    where = image.to(tl.int64) * stride_b + c.to(tl.int64) * stride_c
-    return tl.load(pointer + where, mask=ok, other=0.0).to(tl.float32)
-
-
-@jit
-def _load_positions(pointer, image, p, width, stride_b, stride_h, stride_w, ok):
-    where = position_offsets(p, width, stride_h, stride_w, False)
-    return tl.load(pointer + image.to(tl.int64) * stride_b + where, mask=ok, other=0.0).to(tl.float32)
+from fused_ops.gate.triton_tiles import (
+    gate_backward,
+    gate_of,
+    load_channels,
+    load_positions,
+    load_tile,
+    position_offsets,
+    program_ranges,
+)
 
 
 @jit
@@ -71,9 +67,9 @@ def scale_forward_kernel(
     x_ptr += image.to(tl.int64) * x_b
     value = load_tile(x_ptr, position_offsets(p, width, x_h, x_w, FLAT), c, x_c, ok)
     if channel_ptr is not None:
-        channel = _load_channels(channel_ptr, image, c, channel_b, channel_c, c_ok)
+        channel = load_channels(channel_ptr, image, c, channel_b, channel_c, c_ok)
     if position_ptr is not None:
-        position = _load_positions(position_ptr, image, p, width, position_b, position_h, position_w, p_ok)
+        position = load_positions(position_ptr, image, p, width, position_b, position_h, position_w, p_ok)
     if SUM:
         value *= gate_of(channel[None, :] + position[:, None], GATE)
     else:
@@ -82,7 +78,7 @@ def scale_forward_kernel(
         if position_ptr is not None:
             value *= gate_of(position, GATE)[:, None]
     if add_ptr is not None:
-        value += _load_channels(add_ptr, image, c, add_b, add_c, c_ok)[None, :]
+        value += load_channels(add_ptr, image, c, add_b, add_c, c_ok)[None, :]
     if residual_ptr is not None:
         residual_ptr += image.to(tl.int64) * residual_b
         where = position_offsets(p, width, residual_h, residual_w, FLAT)
@@ -168,9 +164,9 @@ def scale_backward_kernel(
         c = start_c + tl.arange(0, BLOCK_C)
         c_ok = c < last_c
         if channel_ptr is not None:
-            channel = _load_channels(channel_ptr, image, c, channel_b, channel_c, c_ok)
+            channel = load_channels(channel_ptr, image, c, channel_b, channel_c, c_ok)
         if add_ptr is not None:
-            add = _load_channels(add_ptr, image, c, add_b, add_c, c_ok)
+            add = load_channels(add_ptr, image, c, add_b, add_c, c_ok)
         channel_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         add_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for step in range(steps):
@@ -179,7 +175,7 @@ def scale_backward_kernel(
             ok = p_ok[:, None] & c_ok[None, :]
             grad = load_tile(grad_ptr, position_offsets(p, width, grad_h, grad_w, FLAT), c, grad_c, ok)
             if position_ptr is not None:
-                position = _load_positions(
+                position = load_positions(
                     position_ptr, image, p, width, position_b, position_h, position_w, p_ok
                 )
             if SUM:
@@ -240,7 +236,7 @@ def scale_backward_kernel(
         p = first_p + tl.arange(0, BLOCK_P)
         total = tl.sum(position_sum, 1)
         if not SUM:
-            position = _load_positions(
+            position = load_positions(
                 position_ptr, image, p, width, position_b, position_h, position_w, p < last_p
             )
             total = gate_backward(total, position, GATE)

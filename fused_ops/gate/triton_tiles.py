@@ -38,6 +38,20 @@ def load_tile(pointer, p_offsets, c, stride_c, ok):
 
 
 @jit
+def load_channels(pointer, image, c, stride_b, stride_c, ok):
+    """Values (BLOCK_C) of a vector per image in float32; zeros where not ``ok``."""
+    where = image.to(tl.int64) * stride_b + c.to(tl.int64) * stride_c
+    return tl.load(pointer + where, mask=ok, other=0.0).to(tl.float32)
+
+
+@jit
+def load_positions(pointer, image, p, width, stride_b, stride_h, stride_w, ok):
+    """Values (BLOCK_P) of a map of one channel in float32; zeros where not ``ok``."""
+    where = position_offsets(p, width, stride_h, stride_w, False)
+    return tl.load(pointer + image.to(tl.int64) * stride_b + where, mask=ok, other=0.0).to(tl.float32)
+
+
+@jit
 def gate_of(logits, GATE: tl.constexpr):
     if GATE == "sigmoid":
         return tl.sigmoid(logits)
