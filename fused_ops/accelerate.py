@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.acceleration.attention import Attentions
+from fused_ops.acceleration.conv_mlps import ConvMlps
 from fused_ops.acceleration.depthwise import Depthwise
 from fused_ops.acceleration.exchange import Exchanged, is_linked, take_out
 from fused_ops.acceleration.flow import data_flow
@@ -31,7 +32,7 @@ from fused_ops.acceleration.report import Report, Row
 from fused_ops.core.explain import explain
 
 # In the order in which they claim modules.
-_FAMILIES = (Depthwise, Attentions, Gates, Mlps)
+_FAMILIES = (ConvMlps, Depthwise, Attentions, Gates, Mlps)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

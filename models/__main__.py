@@ -1,6 +1,6 @@
-"""``python -m fused_ops.models``: the table of models, and the card of one.
+"""``python -m fused_ops.models``: the tables of models and systems, and the card of one model.
 
-Counted columns are ours; published ones are the papers', with the source in ``--json`` and on the card.
+Counted columns are ours; published ones are the papers', from the sources in the table of systems.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -25,10 +26,16 @@ COLUMNS = (
     "params",
     "MACs",
     "input",
-    "published params",
-    "published MACs",
+    "published\nparams",
+    "published\nMACs",
     "top-1",
-    "preset",
+)
+SYSTEM_COLUMNS = (
+    "system",
+    "published figures from",
+    "checkpoints of",
+    "operators of this package",
+    "recipe (preset)",
 )
 
 
@@ -106,44 +113,82 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def scaled(value: float | None, unit: float, digits: int, suffix: str) -> str:
         return "-" if value is None else f"{value / unit:.{digits}f} {suffix}"
 
+    def printed(value: float | None, unit: float, suffix: str) -> str:
+        return "-" if value is None else f"{value / unit:.4g} {suffix}"
+
     return (
         row["name"] + (" *" if row["note"] else ""),
-        row["system"],
+        row["system"] + (" (inferred)" if row["inferred"] else ""),
         scaled(row["params"], 1e6, 3, "M"),
         scaled(row["macs"], 1e9, 3, "G"),
         "x".join(map(str, row["input_size"])),
-        scaled(row["published_params"], 1e6, 1, "M"),
-        scaled(row["published_macs"], 1e9, 1, "G"),
-        "-" if row["published_top1"] is None else f"{row['published_top1']:.1f}",
-        row["preset"] or "-",
+        printed(row["published_params"], 1e6, "M"),
+        printed(row["published_macs"], 1e9, "G"),
+        "-" if row["published_top1"] is None else f"{row['published_top1']:g}",
     )
 
 
+def _system_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One line per system: where the figures of all its rows are from, whose checkpoints, what runs fused."""
+    lines = []
+    for system, group in itertools.groupby(
+        sorted(rows, key=lambda row: row["system"]), lambda row: row["system"]
+    ):
+        group = list(group)
+        sources = dict.fromkeys(row["source"] for row in group if row["source"])
+        lines.append(
+            (
+                system,
+                "; ".join(sources) or "-",
+                "; ".join(group[0]["checkpoints"]) or "none published",
+                ", ".join(group[0]["fused"]) or "none",
+                ", ".join(dict.fromkeys(row["preset"] for row in group)),
+            )
+        )
+    return lines
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    cells = [_cells(row) for row in rows]
+    cells, systems = [_cells(row) for row in rows], _system_cells(rows)
     notes = [f"* {row['name']}: {row['note']}" for row in rows if row["note"]]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-        for line in (COLUMNS, *cells):
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        print(*notes, sep="\n")
+        _print_aligned((tuple(column.replace("\n", " ") for column in COLUMNS), *cells))
+        print(*notes, "", sep="\n")
+        _print_aligned((SYSTEM_COLUMNS, *systems))
         return
+    console = Console()
+    if not console.is_terminal:
+        # Piped output is not cut to the width of a terminal that is not there.
+        console = Console(width=200)
     table = Table()
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for column in COLUMNS:
+        # Where the terminal is narrow, systems are folded, names and numbers are not.
+        table.add_column(
+            column,
+            justify="left" if column in ("name", "system") else "right",
+            no_wrap=column != "system",
+            overflow="fold",
+        )
     for line in cells:
         table.add_row(*line)
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-    else:
-        # Piped output is not cut to the width of a terminal that is not there.
-        Console(width=200).print(table)
+    console.print(table)
     for note in notes:
         console.print(note, highlight=False)
+    table = Table()
+    for column in SYSTEM_COLUMNS:
+        table.add_column(column, overflow="fold")
+    for line in systems:
+        table.add_row(*line)
+    console.print(table)
+
+
+def _print_aligned(lines: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

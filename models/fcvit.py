@@ -365,6 +365,7 @@ SYSTEM = register_system(
         paper="Ma et al., A Close Look at Spatial Modeling: From Attention to Convolution, arXiv 2212.12552",
         model_class=FCViT,
         preset="fcvit",
+        fused=("depthwise",),
         models={
             "fcvit_tiny": _info(4_784_752, 901_541_376, (4.6, 74.9)),
             "fcvit_b12": _info(14_701_832, 2_645_471_232, (14.0, 80.9)),

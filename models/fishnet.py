@@ -26,10 +26,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from fused_ops.blocks.checkpointing import checkpoint_block
+from fused_ops.gate import gate_scale, pool_channels
 from fused_ops.models.arguments import check_classifier, check_image, check_lengths
 from fused_ops.models.common import classification_cfg
 from fused_ops.models.layouts import same_names_layout
 from fused_ops.models.registry import ModelInfo, System, register_system
+from fused_ops.resample import resample_map
 
 __all__ = ["FishBottleneck", "FishNet"]
 
@@ -136,6 +138,20 @@ class _Blocks(nn.Sequential):
         return x
 
 
+class _ChannelMeans(nn.Module):
+    """Mean of every channel, (B, C, H, W) to (B, C, 1, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pool_channels(x)[:, 0, :, None, None]
+
+
+class _NearestUpsampling(nn.Module):
+    """Twice the height and width, by nearest neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resample_map(x, (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+
+
 class _Bridge(nn.Sequential):
     """From tail to body at the lowest resolution: blocks whose output is scaled by a gate and added to it.
 
@@ -151,7 +167,7 @@ class _Bridge(nn.Sequential):
         )
         gate = nn.Sequential(
             *_norm_act(wide, factory),
-            nn.AdaptiveAvgPool2d(1),
+            _ChannelMeans(),
             nn.Conv2d(wide, hidden, 1, **factory),
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden, channels, 1, **factory),
@@ -162,8 +178,8 @@ class _Bridge(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         reduce, expand, blocks, gate = self
         x = expand(reduce(x))
-        gate = gate(x)
-        return torch.addcmul(gate, blocks(x), gate)
+        gate = gate(x).flatten(1)
+        return gate_scale(blocks(x), gate, channel_add=gate, gate="none")
 
 
 class _Join(nn.Sequential):
@@ -272,7 +288,7 @@ class FishNet(nn.Module):
             ]
             source = dims[2 - index]
             transfer = same(source, level - 1, transfer_depths[index])
-            stages.append(_Join(_Blocks(*blocks), transfer, nn.UpsamplingNearest2d(scale_factor=2)))
+            stages.append(_Join(_Blocks(*blocks), transfer, _NearestUpsampling()))
             dims.append(dim + source)
         for index in range(3):
             trunk = same(dims[-1], index, depths[7 + index])
@@ -548,6 +564,7 @@ SYSTEM = register_system(
         "NeurIPS 2018, arXiv 1901.03495",
         model_class=FishNet,
         preset="fishnet",
+        fused=("pool_channels", "gate_scale", "resample"),
         models={
             "fishnet_99": _info(16_628_904, 4_263_656_704, (16.62, 4.31, 77.41)),
             "fishnet_150": _info(

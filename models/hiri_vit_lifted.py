@@ -379,6 +379,7 @@ SYSTEM = register_system(
         "IEEE TPAMI 2024, arXiv 2403.11999, Table 9",
         model_class=LiftedBackbone,
         preset="hiri_vit",
+        fused=("attention", "depthwise", "feed_forward", "hr_chain"),
         models={
             _name(base, lift): ModelInfo(params=params, macs=macs, input_size=(3, 448, 448), note=_NOTE)
             for base, _, lifts in _ROWS

@@ -539,6 +539,7 @@ SYSTEM = register_system(
         "arXiv 2207.09339",
         model_class=HLG,
         preset="hlg",
+        fused=("depthwise",),
         models={
             "hlg_mobile": _unpublished(
                 4_140_904, 702_970_560, "a configuration of the released code; no results are published"

@@ -367,7 +367,7 @@ SYSTEM = register_system(
         "Convolutions, ICCV 2021, arXiv 2102.12122",
         model_class=PVT,
         preset="pvt",
-        fused=("attention", "feed_forward"),
+        fused=("attention", "attention_block", "feed_forward"),
         models={
             "pvt_tiny": _info(13_229_288, 1_932_911_616, (13.2, 1.9, 75.1)),
             "pvt_small": _info(24_485_864, 3_815_701_504, (24.5, 3.8, 79.8)),

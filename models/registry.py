@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_ops.accelerate import accelerate
+from fused_ops.models.arguments import check_image
 from fused_ops.models.layouts import OfficialLayout
 
 
@@ -65,6 +67,8 @@ class System:
         layouts: the public state-dict layouts, the first one being the default of ``official_state_dict``.
         defaults: arguments by model name, where they are not those of the model's own constructor.
         preset: the preset of ``fused-ops train`` with its recipe.
+        fused: operators that its models call, those in some of its models only too.
+        side_multiple: height and width of images must be multiples of it, where timm's model does not say so.
         card: what is the paper's, the released code's and inferred, where the docstring of the model's module
             does not say that of this system alone.
     """
@@ -76,6 +80,8 @@ class System:
     layouts: tuple[OfficialLayout, ...] = field(default=())
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     preset: str = ""
+    fused: tuple[str, ...] = ()
+    side_multiple: int = 1
     card: str = ""
 
 
@@ -190,7 +196,15 @@ def create_model(name: str, pretrained: bool = False, checkpoint: Any = None, **
         _load(model, checkpoint, name, kwargs)
     if system.model_class is None:
         accelerate(model)
+    if system.side_multiple > 1:
+        model.register_forward_pre_hook(
+            partial(_check_input, kwargs.get("in_chans", 3), system.side_multiple)
+        )
     return model
+
+
+def _check_input(in_chans: int, side_multiple: int, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    check_image(inputs[0], in_chans, side_multiple, multiple=True)
 
 
 def _load(model: nn.Module, checkpoint: Any, name: str, kwargs: Mapping[str, Any]) -> None:
@@ -256,6 +270,9 @@ def model_table(filter: str = "") -> list[dict[str, Any]]:
                 "published_top1": info.published_top1,
                 "source": info.source,
                 "note": info.note,
+                "inferred": "inferred" in info.note,
+                "checkpoints": [f"{layout.framework}: {layout.source}" for layout in system.layouts],
+                "fused": list(system.fused),
                 "preset": preset_of(name),
                 "paper": system.paper,
             }

@@ -386,6 +386,7 @@ register_system(
         paper="Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv 1807.06521",
         model_class=CBAMResNet,
         preset="resnet_gates",
+        fused=("pool_channels", "pool_positions", "gate_scale"),
         card=(
             "The paper's: both gates, and CBAM at the end of every residual branch. The released code's: "
             "stride on the 3x3 convolutions (published multiply-accumulates have it on the first 1x1), "
@@ -409,6 +410,7 @@ register_system(
         "CVPR 2020, arXiv 1910.03151",
         model_class=ECAResNet,
         preset="resnet_gates",
+        fused=("pool_channels", "gate_scale"),
         card=(
             "The paper's: the gate, and a formula for its kernel size. The released code's: kernel sizes "
             "of the checkpoints do not follow that formula; the registered models have the checkpoints'. "
@@ -431,6 +433,7 @@ register_system(
         "ICCV workshop 2019, arXiv 1904.11492",
         model_class=GCResNet,
         preset="resnet_gates",
+        fused=("context_pool", "gate_scale"),
         card=(
             "The paper's: the block and its ratios. The released code's: details and initialisation of "
             "the block; the code is for detection and has no classifier. Inferred: blocks in the last "
@@ -444,8 +447,9 @@ register_system(
                 published_macs=4.13e9,
                 published_top1=77.70,
                 source="QingbeiGuo/SDA-xNet, README",
-                note="gates in the last three stages, as in the detectors; 28.11 M fits gates in all four "
-                "(28,105,032), which the classifier may have had",
+                note="the public code is for detection; the accuracy (top-5 93.66) is as quoted by another "
+                "paper's code, where size and FLOPs fit gates in all four stages (28,105,032) better than in "
+                "the last three; where the classifier had them is not published",
             ),
             "gcnet_resnet_50_r4": ModelInfo(35_557_941, 4_105_367_552, note=_GC_NOTE),
             "gcnet_resnet_101_r16": ModelInfo(49_337_222, 7_819_169_792, note=_GC_NOTE),
@@ -461,6 +465,7 @@ register_system(
         "Fusion, IET Computer Vision 2023, arXiv 2212.06335",
         model_class=CATResNet,
         preset="resnet_gates",
+        fused=("pool_map", "gate_scale"),
         card=(
             "A RECONSTRUCTION. The paper's abstract: a channel and a spatial branch, three poolings in "
             "each, scalars that weigh poolings and branches. Released code: none. Inferred: every "
@@ -479,6 +484,7 @@ register_system(
         paper="Zhong et al., Switchable Self-attention Module, 2022, arXiv 2209.05680",
         model_class=SEMResNet,
         preset="resnet_gates",
+        fused=("pool_channels", "gate_scale"),
         card=(
             "The paper's: three excitations whose logits are switched. The released code's: all of the "
             "gate, and ResNet-164 for CIFAR (sem_resnet_164_cifar). Inferred: sem_resnet_50 and "

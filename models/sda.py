@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fused_ops.blocks.checkpointing import checkpoint_block
 from fused_ops.core.checks import check_choice
 from fused_ops.core.drop_path import DropPath
+from fused_ops.gate import gate_scale, pool_channels, squeeze_excite
 from fused_ops.models.arguments import check_lengths
 from fused_ops.models.common import (
     StagedBackbone,
@@ -78,10 +79,16 @@ class _SE(_OpenEnd, GatedBottleneck):
         self.fc1 = nn.Linear(channels, channels // _SE_REDUCTION, **factory)
         self.fc2 = nn.Linear(channels // _SE_REDUCTION, channels, **factory)
 
-    def residual(self, x: Tensor) -> Tensor:
-        x = super().residual(x)
-        gate = self.fc2(F.relu(self.fc1(x.mean((2, 3))))).sigmoid()
-        return x * gate[:, :, None, None]
+    def _excite(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return squeeze_excite(x, *parameters, residual=shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.residual(x)
+        if self.training and self.drop_path.drop_prob > 0:
+            return self.drop_path(self._excite(x)) + shortcut
+        return self._excite(x, shortcut)
 
 
 class _PyramidConv(nn.Module):
@@ -192,13 +199,14 @@ class SDAStage(nn.Module):
             sums.append(checkpoint_block(block, x) if checkpointing else block(x))
             x = F.relu(sums[-1])
         # The mean of a sum is the sum of means, so the summed map is never made.
-        pooled = torch.stack([z.mean((2, 3), keepdim=True) for z in sums]).sum(0)
-        hidden = self.fc(pooled)
-        weights = torch.stack([fc(hidden) for fc in self.fcs]).softmax(0)
-        out = weights[0] * sums[0]
-        for weight, z in zip(weights[1:], sums[1:], strict=True):
-            out = torch.addcmul(out, weight, z)
-        return F.relu(out)
+        pooled = torch.stack([pool_channels(z)[:, 0] for z in sums]).sum(0)
+        hidden = self.fc(pooled[:, :, None, None])
+        weights = torch.stack([fc(hidden).flatten(1) for fc in self.fcs]).softmax(0)
+        out: Tensor | None = None
+        for index, (weight, z) in enumerate(zip(weights, sums, strict=True), start=1):
+            activation = "relu" if index == len(sums) else "none"
+            out = gate_scale(z, weight, residual=out, gate="none", activation=activation)
+        return out
 
 
 class SDANet(StagedBackbone):
@@ -419,6 +427,7 @@ SYSTEM = register_system(
         "Representation, IEEE Transactions on Artificial Intelligence 2024, DOI 10.1109/TAI.2024.3401652",
         model_class=SDANet,
         preset="sda",
+        fused=("pool_channels", "gate_scale"),
         models={
             "sda_resnet_50": ModelInfo(17_410_984, 2_472_443_904, note=_OWN_NOTE),
             "sda_resnet_86": _info(27_219_880, 3_879_993_344, 27.22, 3.88, 78.76),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fused_ops.models import focalnet  # noqa: F401 (registers its models)
 from fused_ops.models.layouts import OfficialLayout, same_names_layout
 from fused_ops.models.registry import ModelInfo, System, register_system
 
@@ -165,6 +166,8 @@ def _register(
     models: Mapping[str, ModelInfo],
     layouts: Sequence[OfficialLayout] = (),
     defaults: Mapping[str, Mapping[str, object]] | None = None,
+    fused: tuple[str, ...] = (),
+    side_multiple: int = 1,
 ) -> System:
     return register_system(
         System(
@@ -175,12 +178,17 @@ def _register(
             layouts=(*layouts, _TIMM),
             defaults=defaults or {},
             preset=preset,
+            fused=fused,
+            side_multiple=side_multiple,
             card=card,
         )
     )
 
 
-_UNUSED = "without the three projections of the public code that have no effect: its size is not reproduced"
+_UNUSED = (
+    "without the three projections of the public code that have no effect: its size is not reproduced, and "
+    "for an unknown reason neither are its multiply-accumulates"
+)
 RES2NET = _register(
     "Res2Net",
     "Gao et al., Res2Net: A New Multi-scale Backbone Architecture, TPAMI 2021, arXiv 1904.01169",
@@ -206,6 +214,7 @@ RES2NET = _register(
             ("res2net101d", 45_225_920, 8_306_615_040, 45.23, 8.3, 81.23),
         ],
         notes={
+            "res2net50_26w_4s": "published with the multiply-accumulates of all Res2Net-50 of its complexity",
             "dla60_res2net": _UNUSED,
             "dla60_res2next": _UNUSED,
             "res2net50d": "the v1b form of the public code",
@@ -229,7 +238,8 @@ FOCALNET = _register(
     "The paper's: focal modulation, sizes and recipe. It counts parameters of a modulation without "
     "its output projection; the code has it, and it is counted here. The released code's: normalised "
     "modulators of focalnet_large_fl4 (its configuration file says so, that of focalnet_xlarge_fl4 "
-    "does not; timm sets it for neither), post-norms and layer scales of the large models. Weights of "
+    "does not; timm sets it for neither), post-norms and layer scales of the large models and of "
+    "focalnet_base_iso. timm has no isotropic models: they are its class with another stem. Weights of "
     "large, xlarge and huge are for 22k classes; a classifier for 1,000 here is this project's. "
     "Nothing else is inferred.",
     _infos(
@@ -247,6 +257,9 @@ FOCALNET = _register(
             ("focalnet_xlarge_fl4", 366_322_784, 185_538_854_912, 366, None, None, 384),
             ("focalnet_huge_fl3", 686_564_424, 118_061_098_496, 687, None, None),
             ("focalnet_huge_fl4", 689_277_664, 118_762_609_152, 689, None, None),
+            ("focalnet_tiny_iso", 5_880_280, 1_108_830_720, 5.9, 1.1, 74.1),
+            ("focalnet_small_iso", 22_376_344, 4_298_560_512, 22.4, 4.3, 80.9),
+            ("focalnet_base_iso", 87_237_400, 16_920_717_312, 87.2, 16.9, 82.4),
         ],
         notes={
             **{
@@ -269,6 +282,7 @@ FOCALNET = _register(
         "focalnet_huge_fl3": {"num_classes": 1000},
         "focalnet_huge_fl4": {"num_classes": 1000},
     },
+    fused=("depthwise", "feed_forward"),
 )
 
 NEXT_VIT = _register(
@@ -288,6 +302,7 @@ NEXT_VIT = _register(
         ],
     ),
     [renamed_layout("bytedance/Next-ViT", _next_vit_name)],
+    fused=("attention", "feed_forward"),
 )
 
 PVT_V2 = _register(
@@ -311,6 +326,7 @@ PVT_V2 = _register(
         ],
     ),
     [renamed_layout("whai362/PVT", _pvt_v2_name)],
+    fused=("attention", "depthwise"),
 )
 
 DAVIT = _register(
@@ -330,6 +346,7 @@ DAVIT = _register(
         ],
     ),
     [renamed_layout("dingmyu/davit", _davit_name)],
+    fused=("depthwise", "feed_forward"),
 )
 
 HRNET = _register(
@@ -353,6 +370,7 @@ HRNET = _register(
         notes={"": "published multiply-accumulates are divided by 2**30"},
     ),
     [same_names_layout("HRNet/HRNet-Image-Classification")],
+    side_multiple=32,
 )
 
 CONVNEXT = _register(
@@ -371,9 +389,11 @@ CONVNEXT = _register(
         ],
     ),
     [renamed_layout("facebookresearch/ConvNeXt", _convnext_name)],
+    fused=("depthwise", "feed_forward"),
 )
 
 _ROUNDED = "published in whole millions; not reproduced to a percent"
+_OTHER_FLOPS = "published FLOPs are 2 to 4 % less, for an unknown reason"
 EFFICIENTNET = _register(
     "EfficientNet",
     "Tan and Le, EfficientNet: Rethinking Model Scaling for CNNs, ICML 2019, arXiv 1905.11946",
@@ -394,8 +414,14 @@ EFFICIENTNET = _register(
             ("efficientnet_b6", 43_040_704, 19_067_593_536, 43, 19, 84.0, 528),
             ("efficientnet_b7", 66_347_960, 37_745_884_192, 66, 37, 84.3, 600),
         ],
-        notes={f"efficientnet_b{number}": _ROUNDED for number in (3, 4, 5)},
+        notes={
+            "efficientnet_b3": _ROUNDED,
+            "efficientnet_b4": f"{_ROUNDED}; {_OTHER_FLOPS}",
+            "efficientnet_b5": f"{_ROUNDED}; {_OTHER_FLOPS}",
+            "efficientnet_b7": _OTHER_FLOPS,
+        },
     ),
+    fused=("depthwise", "pool_channels", "gate_scale"),
 )
 
 MOBILENET_V3 = _register(
@@ -413,8 +439,11 @@ MOBILENET_V3 = _register(
             ("mobilenetv3_small_100", 2_542_856, 56_510_400, 2.5, 0.056, 67.4),
             ("mobilenetv3_small_075", 2_041_872, 43_399_344, 2.0, 0.044, 65.4),
         ],
-        notes={"": "published in tenths of a million; not reproduced to a percent"},
+        notes={
+            "": "published in tenths of a million; not reproduced to a percent, nor are the published MACs"
+        },
     ),
+    fused=("depthwise", "pool_channels", "gate_scale"),
 )
 
 _OF_TIMM = "timm's own variant, not published in a paper"
@@ -441,4 +470,5 @@ GATED_RESNETS_OF_TIMM = _register(
         ],
         notes={"": _OF_TIMM},
     ),
+    fused=("pool_channels", "context_pool", "gate_scale"),
 )

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from .distillation import (
 )
 from .distributed import World
 from .seeding import Purpose, derive, seed_all
-from .settings import Settings, UsageError, nearest
+from .settings import Settings, UsageError, milestones, nearest
 
 Batch = tuple[Tensor, Tensor, list[str]]
 
@@ -62,18 +63,33 @@ def build_optimizer(settings: Settings, model: nn.Module, device: torch.device) 
 
 def build_scheduler(
     settings: Settings, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> CosineLRScheduler:
-    """Linear warm-up, then the cosine up to `epochs`, counted in updates; afterwards `min_lr`."""
-    warmup = round(settings.warmup_epochs * updates_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=settings.epochs * updates_per_epoch - warmup,
-        lr_min=settings.min_lr,
-        warmup_t=warmup,
-        warmup_prefix=True,
-        warmup_lr_init=settings.warmup_lr,
-        t_in_epochs=False,
-    )
+) -> Scheduler:
+    """Linear warm-up, then the rate as a function of the update's number, so that resuming needs no state.
+
+    Cosine and polynomial begin after the warm-up and end after `epochs` at `min_lr`, where cool-down stays.
+    The others count from the first epoch, warm-up included, as the recipes that have them do.
+    """
+    s, warmup = settings, round(settings.warmup_epochs * updates_per_epoch)
+    common = {"warmup_t": warmup, "warmup_lr_init": s.warmup_lr, "t_in_epochs": False}
+    if s.schedule in ("cosine", "poly"):
+        falling = {
+            "t_initial": s.epochs * updates_per_epoch - warmup,
+            "lr_min": s.min_lr,
+            "warmup_prefix": True,
+            **common,
+        }
+        if s.schedule == "cosine":
+            return CosineLRScheduler(optimizer, **falling)
+        return PolyLRScheduler(optimizer, power=s.poly_power, **falling)
+    common["warmup_prefix"] = False
+    if s.schedule == "multistep":
+        # timm's scheduler takes a step one update before its milestone.
+        after = [number * updates_per_epoch + 1 for number in milestones(s.decay_milestones)]
+        return MultiStepLRScheduler(optimizer, decay_t=after, decay_rate=s.decay_rate, **common)
+    period = s.decay_epochs * updates_per_epoch
+    if s.schedule == "step":
+        return StepLRScheduler(optimizer, decay_t=period, decay_rate=s.decay_rate, **common)
+    return StepLRScheduler(optimizer, decay_t=1, decay_rate=s.decay_rate ** (1 / period), **common)
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:

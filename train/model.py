@@ -39,6 +39,20 @@ def create_model(name: str, num_classes: int, drop_path: float = 0.0, img_size: 
         raise UsageError(f"--drop-path {drop_path}: {name} has no stochastic depth; use 0") from None
 
 
+def notes_on(name: str, preset: str) -> list[str]:
+    """What to say of a model of the zoo before it is trained: what is inferred, and its own recipe."""
+    if name.startswith(TIMM):
+        return []
+    from fused_ops.models.registry import find_system, preset_of
+
+    about = find_system(name).models[name].note
+    notes = [f"{name}: {about}"] if "inferred" in about else []
+    # The presets of built-in data are for a first try, whatever the model.
+    if preset == "imagenet" and preset_of(name) != preset:
+        notes.append(f"the recipe of {name} is --preset {preset_of(name)}")
+    return notes
+
+
 def input_size(model: nn.Module) -> int:
     """Side of the square input that the model is made for."""
     return resolve_model_data_config(model)["input_size"][-1]

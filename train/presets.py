@@ -2,8 +2,8 @@
 
 Those named after a system hold the recipe that its authors trained with: their numbers, wherever a setting
 exists for them, and in words what the program does otherwise. What nobody published is marked INFERRED. The
-number format (`--amp`) is left to the device in all of them, and the rate changes at every update, where the
-authors' programs mostly change it once per epoch.
+number format (`--amp`) is left to the device in all of them, and warm-up and cosine change the rate at every
+update, where the authors' programs mostly change it once per epoch.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _SGD = {
     "drop_path": 0.0,
     "ema_decay": 0.0,
 }
-_STEPS = "the rate is divided by 10 after epochs {}; here it falls along a cosine to 0"
+_EVERY_30 = {"schedule": "step", "decay_epochs": 30.0}
+_AFTER_30_60_90 = {"schedule": "multistep", "decay_milestones": "30,60,90"}
 _DECAYS_ALL = "weight decay is on every parameter; here not on biases and one-dimensional ones"
-_SGD_NOTES = (_STEPS.format("30, 60 and 90"), _DECAYS_ALL)
 
 _FOCALNET_22K = {"epochs": 90, "warmup_epochs": 5.0, "batch_size": 4096, "lr": 1.25e-4, "drop_path": 0.2}
 _FOCALNET_PRETRAINED = [
@@ -146,20 +146,20 @@ PRESETS: dict[str, Preset] = {
         ("the batch of 1024 and the warm-up from 1e-6 are INFERRED",),
     ),
     "fishnet": Preset(
-        {**_SGD, "model": "fishnet_150"},
+        {**_SGD, **_EVERY_30, "model": "fishnet_150"},
         "kevin-ssy/FishNet, README and cfgs",
         (
-            *_SGD_NOTES,
+            _DECAYS_ALL,
             "colours are shifted along their principal components (0.1); here not",
-            "its better rows have 200 epochs of cosine with label smoothing: --epochs 200 "
+            "its better rows have 200 epochs of cosine with label smoothing: --schedule cosine --epochs 200 "
             "--label-smoothing 0.1 (the amount is INFERRED)",
         ),
     ),
     "resnet_gates": Preset(
-        {**_SGD, "model": "eca_resnet_50"},
+        {**_SGD, **_EVERY_30, "model": "eca_resnet_50"},
         "Jongchan/attention-module (CBAM) and BangguWu/ECANet; for GCNet, CAT, SEM on ImageNet and timm's "
         "own variants INFERRED, none being published",
-        _SGD_NOTES,
+        (_DECAYS_ALL,),
     ),
     "sem_cifar": Preset(
         {
@@ -168,20 +168,21 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 128,
             "lr": 0.4,
             "epochs": 164,
+            "schedule": "multistep",
+            "decay_milestones": "81,122",
             "crop_scale": 0.75,
             "crop_pct": 1.0,
         },
         "Qrange-group/SEM, README, for CIFAR",
         (
-            _STEPS.format("81 and 122"),
             _DECAYS_ALL,
             "images are shifted by up to 4 pixels; here 3/4 of one or more is cropped and resized (INFERRED)",
         ),
     ),
     "sda": Preset(
-        {**_SGD, "model": "sda_resnet_86", "epochs": 120, "label_smoothing": 0.1},
+        {**_SGD, **_AFTER_30_60_90, "model": "sda_resnet_86", "epochs": 120, "label_smoothing": 0.1},
         "QingbeiGuo/SDA-xNet",
-        _SGD_NOTES,
+        (_DECAYS_ALL,),
     ),
     "dcdc": Preset(
         {
@@ -197,14 +198,14 @@ PRESETS: dict[str, Preset] = {
         (_DECAYS_ALL,),
     ),
     "res2net": Preset(
-        {**_SGD, "model": "res2net50_26w_4s", "label_smoothing": 0.1},
+        {**_SGD, **_EVERY_30, "model": "res2net50_26w_4s", "label_smoothing": 0.1},
         "Res2Net/Res2Net-PretrainedModels and the paper; for res2net50d and res2net101d (v1b) INFERRED",
-        _SGD_NOTES,
+        (_DECAYS_ALL,),
     ),
     "hrnet": Preset(
-        {**_SGD, "model": "hrnet_w18", "optimizer": "sgd", "batch_size": 128},
+        {**_SGD, **_AFTER_30_60_90, "model": "hrnet_w18", "optimizer": "sgd", "batch_size": 128},
         "HRNet/HRNet-Image-Classification, experiments",
-        _SGD_NOTES,
+        (_DECAYS_ALL,),
     ),
     "focalnet": Preset(
         {
@@ -223,6 +224,7 @@ PRESETS: dict[str, Preset] = {
         by_model={
             **{f"focalnet_small_{field}": {"drop_path": 0.3} for field in ("srf", "lrf")},
             **{f"focalnet_base_{field}": {"drop_path": 0.5} for field in ("srf", "lrf")},
+            "focalnet_base_iso": {"drop_path": 0.3},
             **dict.fromkeys(_FOCALNET_PRETRAINED, _FOCALNET_22K),
         },
     ),
@@ -267,6 +269,9 @@ PRESETS: dict[str, Preset] = {
             "optimizer": "rmsproptf",
             "batch_size": 4096,
             "lr": 0.032,
+            "schedule": "step",
+            "decay_epochs": 2.4,
+            "decay_rate": 0.97,
             "min_lr": 0.0,
             "warmup_lr": 0.0,
             "epochs": 350,
@@ -282,7 +287,6 @@ PRESETS: dict[str, Preset] = {
         "arXiv 1905.11946, section 5.2; batch, epochs, warm-up, smoothing and averaging: tensorflow/tpu, "
         "models/official/efficientnet",
         (
-            "the rate is multiplied by 0.97 every 2.4 epochs; here it falls along a cosine to 0",
             "the classifier's dropout grows from 0.2 (b0) to 0.5 (b7); here it is 0",
             "RMSprop's epsilon is 1e-3; here timm's 1e-10",
         ),
@@ -297,6 +301,9 @@ PRESETS: dict[str, Preset] = {
             "optimizer": "rmsproptf",
             "batch_size": 4096,
             "lr": 0.0125,
+            "schedule": "step",
+            "decay_epochs": 3.0,
+            "decay_rate": 0.99,
             "min_lr": 0.0,
             "warmup_lr": 0.0,
             "epochs": 350,
@@ -314,7 +321,6 @@ PRESETS: dict[str, Preset] = {
         "arXiv 1905.02244, section on training; epochs, warm-up and label smoothing are INFERRED "
         "(EfficientNet's), none being published",
         (
-            "the rate falls by 1 % every 3 epochs; here along a cosine to 0",
             "the classifier's dropout keeps 0.8; here it is 0",
             "colours are distorted as Inception's; here not",
             "RMSprop's epsilon is TensorFlow's; here timm's 1e-10",

@@ -32,7 +32,8 @@ from .data import Data, Synthetic, evaluation_loader, open_data, training_loader
 from .distributed import World, join
 from .engine import Batch, Engine, StepClock, UpdateRecord, autocast_dtype
 from .interrupt import StopRequest
-from .model import check_input, create_model, input_size, load_weights
+from .model import check_input, create_model, input_size, load_weights, notes_on
+from .presets import PRESETS
 from .report import (
     CURVES,
     METRICS,
@@ -337,6 +338,8 @@ class Run:
             f"{s.batch_size} images; {self.world.device.type} x {self.world.size}, autocast {s.amp}; "
             f"folder {self.folder}"
         )
+        if not s.resume:
+            self._print_recipe()
         if self.engine.acceleration is not None:
             self.console.print(self.engine.acceleration.summary())
         if s.resume:
@@ -355,6 +358,15 @@ class Run:
             if self._metrics:
                 self._metrics.close()
         return self._summarise()
+
+    def _print_recipe(self) -> None:
+        """Whose recipe it is and what is done otherwise; of a reconstructed model, that it is one."""
+        s = self.settings
+        recipe = PRESETS[s.preset]
+        own = f"{s.optimizer}, rate {s.peak_lr:.4g} at its peak, {s.schedule}"
+        self.console.print(f"preset {s.preset}: {recipe.source} ({own})", markup=False)
+        for note in (*recipe.notes, *notes_on(s.model, s.preset)):
+            self.console.print(f"  note: {note}", markup=False)
 
     def _stop_number(self) -> int:
         """The signal that any rank has received; all ranks get the same answer."""

@@ -17,6 +17,15 @@ from .presets import PRESETS, data_preset
 
 PROGRAM = "fused-ops train"
 SETTINGS_FILE = "settings.json"
+SCHEDULES = ("cosine", "step", "multistep", "exponential", "poly")
+# Settings that mean something with these schedules alone.
+SCHEDULES_WITH = {
+    "cooldown_epochs": ("cosine", "poly"),
+    "decay_epochs": ("step", "exponential"),
+    "decay_milestones": ("multistep",),
+    "decay_rate": ("step", "multistep", "exponential"),
+    "poly_power": ("poly",),
+}
 
 
 class UsageError(Exception):
@@ -120,8 +129,8 @@ class Settings:
     )
     synthetic_updates: int = _flag(50, "data", "updates per epoch of --data synthetic", at_least=1)
 
-    epochs: int = _flag(300, "optimisation", "epochs of the cosine", at_least=1)
-    cooldown_epochs: int = _flag(0, "optimisation", "further epochs at --min-lr after the cosine", at_least=0)
+    epochs: int = _flag(300, "optimisation", "epochs, cool-down not counted", at_least=1)
+    cooldown_epochs: int = _flag(0, "optimisation", "further epochs at --min-lr", at_least=0)
     batch_size: int = _flag(1024, "optimisation", "images per update, over all ranks together", at_least=1)
     device_batch: int = _flag(
         0,
@@ -135,7 +144,34 @@ class Settings:
     lr: float = _flag(
         5e-4, "optimisation", "learning rate for 512 images, scaled linearly with --batch-size", above=0
     )
-    min_lr: float = _flag(1e-5, "optimisation", "last learning rate of the cosine (not scaled)", at_least=0)
+    schedule: str = _flag(
+        "cosine",
+        "optimisation",
+        "how the rate falls after the warm-up. cosine, poly: to --min-lr at the end of --epochs; step: times "
+        "--decay-rate every --decay-epochs; multistep: times --decay-rate after each of --decay-milestones; "
+        "exponential: smoothly, by --decay-rate in --decay-epochs. The last three count from the first epoch "
+        "on, warm-up included, and take no notice of --min-lr",
+        choices=SCHEDULES,
+    )
+    min_lr: float = _flag(
+        1e-5, "optimisation", "last learning rate of cosine and poly (not scaled)", at_least=0
+    )
+    decay_epochs: float = _flag(
+        0.0, "optimisation", "epochs between decays, for --schedule step and exponential", at_least=0
+    )
+    decay_milestones: str = _flag(
+        "", "optimisation", "epochs after which the rate decays, for --schedule multistep, such as 30,60,90"
+    )
+    decay_rate: float = _flag(
+        0.1,
+        "optimisation",
+        "factor of a decay, for --schedule step, multistep and exponential",
+        above=0,
+        at_most=1,
+    )
+    poly_power: float = _flag(
+        0.9, "optimisation", "power of the share that is left to do, for --schedule poly", above=0
+    )
     warmup_lr: float = _flag(
         1e-6, "optimisation", "first learning rate of the warm-up (not scaled)", at_least=0
     )
@@ -276,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Resuming keeps the settings of the run; these may be given anew: "
         + ", ".join(map(flag_of, MAY_CHANGE))
         + ".\n\nPresets, each with its own model unless --model is given. INFERRED marks what nobody "
-        "published; all change the rate at every update and leave the number format to --amp:\n"
+        "published; all leave the number format to --amp:\n"
         f"{_describe_presets()}",
         formatter_class=_Lines,
         argument_default=argparse.SUPPRESS,
@@ -318,7 +354,16 @@ def settings_from(given: dict[str, Any]) -> Settings:
         raise UsageError(f"--preset {preset}: no such preset; {nearest(preset, list(PRESETS))}")
     recipe = PRESETS[preset]
     model = given.get("model", recipe.settings.get("model", Settings.model))
-    settings = Settings(**{**recipe.settings_of(model), **given, "preset": preset})
+    defaults = recipe.settings_of(model)
+    if given.get("schedule", defaults.get("schedule")) != defaults.get("schedule"):
+        # What the preset says of its own schedule says nothing of another.
+        schedule = given["schedule"]
+        defaults = {
+            name: value
+            for name, value in defaults.items()
+            if schedule in SCHEDULES_WITH.get(name, SCHEDULES) and name != "decay_rate"
+        }
+    settings = Settings(**{**defaults, **given, "preset": preset})
     validate(settings)
     return settings
 
@@ -326,10 +371,9 @@ def settings_from(given: dict[str, Any]) -> Settings:
 def check_unchanged(settings: Settings, stored: dict[str, Any]) -> None:
     """Raise `UsageError` if a resumed run would go on with other settings than those that may change."""
     differing = [
-        f"{flag_of(name)} {value} (the run has {stored.get(name)})"
+        f"{flag_of(name)} {value} (the run has {stored[name]})"
         for name, value in kept(settings).items()
-        # A run from before a setting existed did what the default does.
-        if value != stored.get(name, FIELDS[name].default) and not FIELDS[name].metadata["may_change"]
+        if value != stored[name] and not FIELDS[name].metadata["may_change"]
     ]
     if differing:
         raise UsageError(
@@ -368,7 +412,12 @@ def validate(settings: Settings) -> None:
         raise UsageError(
             f"--warmup-epochs {settings.warmup_epochs}: must be less than --epochs {settings.epochs}"
         )
-    if settings.min_lr > settings.peak_lr and not settings.evaluate:
+    _validate_schedule(settings)
+    if (
+        settings.schedule in ("cosine", "poly")
+        and settings.min_lr > settings.peak_lr
+        and not settings.evaluate
+    ):
         raise UsageError(
             f"--min-lr {settings.min_lr}: must be at most the peak learning rate {settings.peak_lr:g} "
             "(--lr x --batch-size / 512)"
@@ -378,6 +427,33 @@ def validate(settings: Settings) -> None:
             f"--ema-distillation {settings.ema_distillation}: needs averaged weights, which --ema-decay 0 "
             "switches off"
         )
+
+
+def _validate_schedule(settings: Settings) -> None:
+    """Raise `UsageError` for settings of another schedule than `--schedule`, and for those that it lacks."""
+    for name, schedules in SCHEDULES_WITH.items():
+        value = getattr(settings, name)
+        if value != FIELDS[name].default and settings.schedule not in schedules:
+            raise UsageError(
+                f"{flag_of(name)} {value}: goes with --schedule {' or '.join(schedules)}; this run has "
+                f"--schedule {settings.schedule}"
+            )
+    if settings.schedule in SCHEDULES_WITH["decay_epochs"] and not settings.decay_epochs:
+        raise UsageError(f"--schedule {settings.schedule}: needs --decay-epochs above 0, such as 30")
+    if settings.schedule == "multistep":
+        milestones(settings.decay_milestones)
+
+
+def milestones(text: str) -> list[int]:
+    """The epochs of `--decay-milestones`. Raises `UsageError` unless whole, above 0 and ascending."""
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if len(numbers) < len(parts) or numbers[0] < 1 or sorted(set(numbers)) != numbers:
+        raise UsageError(
+            f"--decay-milestones {text or 'is missing'}: --schedule multistep needs whole epochs above 0 in "
+            "ascending order, such as 30,60,90"
+        )
+    return numbers
 
 
 def split_batch(settings: Settings, world_size: int) -> Settings:
@@ -401,7 +477,10 @@ def kept(settings: Settings) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`. Raises `UsageError` if there is none."""
+    """The settings of the run in `folder`. Raises `UsageError` if there is none.
+
+    A run from before a setting existed did what the setting's default does, whatever its preset says today.
+    """
     path = folder / SETTINGS_FILE
     if not folder.is_dir():
         raise UsageError(f"--resume {folder}: no such folder")
@@ -414,7 +493,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     unknown = sorted(set(stored) - set(FIELDS))
     if unknown:
         raise UsageError(f"--resume {folder}: {SETTINGS_FILE} is of another version: {', '.join(unknown)}")
-    return stored
+    return {name: f.default for name, f in FIELDS.items() if f.metadata["kept"]} | stored
 
 
 def launched_ranks() -> tuple[int, int]:

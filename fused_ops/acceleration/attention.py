@@ -7,11 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_ops.acceleration.exchange import ATTRIBUTE, Exchanged, active_members, is_hooked, type_name
+from fused_ops.acceleration.deferred import Deferred
+from fused_ops.acceleration.exchange import (
+    ATTRIBUTE,
+    Exchanged,
+    HandsThrough,
+    active_members,
+    is_hooked,
+    type_name,
+)
 from fused_ops.acceleration.flow import Flow
+from fused_ops.acceleration.layers import norm_before
 from fused_ops.acceleration.plan import Family, Plan
-from fused_ops.attention.module import POOLED_SIZE, reduced_attention
+from fused_ops.attention.module import POOLED_SIZE, attention_branch
+from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.layer_norm import LayerNormState
 
 _CLASSES = {
     "timm.models.pvt_v2.Attention",
@@ -25,7 +36,7 @@ def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _form(module: nn.Module) -> tuple[str, int] | None:
-    """The reduction and its ratio, as ``reduced_attention`` takes them; None for what it cannot do.
+    """The reduction and its ratio, as ``attention_branch`` takes them; None for what it cannot do.
 
     Parts that are read and not called, or called with other dimensions, must be stock ones without hooks.
     """
@@ -44,12 +55,23 @@ def _form(module: nn.Module) -> tuple[str, int] | None:
 
 class _Attention(Exchanged):
     def forward(self, x: Tensor, *size: Any, **named: Any) -> Tensor:
+        members = active_members(self, 0)
+        if members is None:
+            return super().forward(x, *size, **named)
+        norm = members[1]
         # Tracers see the stock module.
         suited = not isinstance(x, fx.Proxy) and x.dim() == 3 and x.dtype in FLOAT_TYPES and not named
-        form = _form(self) if suited and active_members(self, 0) is not None else None
+        form = _form(self) if suited else None
         if form is None:
-            return super().forward(x, *size, **named)
-        return reduced_attention(self, x, size[0] if size else None, *form)
+            return super().forward(x if norm is None else norm._stock.forward(norm, x), *size, **named)
+
+        def compute(**options: Tensor) -> Tensor:
+            state = None if norm is None else LayerNormState.from_module(norm)
+            return attention_branch(self, x, size[0] if size else None, *form, norm=state, **options)
+
+        if not getattr(self, ATTRIBUTE).awaits_addition():
+            return compute()
+        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), ("drop_path",), 2)
 
 
 class Attentions(Family):
@@ -60,7 +82,7 @@ class Attentions(Family):
 
     @staticmethod
     def mixin(role: int, module: nn.Module) -> type[Exchanged]:
-        return _Attention
+        return _Attention if role == 0 else HandsThrough
 
     @staticmethod
     def plans(model: nn.Module, flow: Flow, claimed: set[int]) -> list[Plan]:
@@ -71,6 +93,7 @@ class Attentions(Family):
             plan, form = Plan(Attentions, name, module), _form(module)
             chain = module.__dict__.get(ATTRIBUTE)
             if chain is not None:
+                plan.norm = chain.members()[1]
                 plan.mark_exchanged(chain)
             elif "forward" in module.__dict__:
                 plan.declined = "has a forward of its own"
@@ -78,8 +101,15 @@ class Attentions(Family):
                 plan.declined = "has hooks"
             elif form is None:
                 plan.declined = "its reduction has hooks or parts of another kind"
+            else:
+                plan.norm, plan.remark = norm_before(module, module.q.in_features, False, flow, claimed)
+                if module.proj.out_features == module.q.in_features:
+                    plan.tail = flow.tail(module)
             reduction = "" if form is None else f", {form[0].replace('_', ' ')} {form[1]}"
-            plan.pattern = f"attention of {module.num_heads} heads{reduction}"
+            claimed.update(id(member) for member in plan.members if member is not None)
+            norm = "" if plan.norm is None else "LayerNorm -> "
+            plan.pattern = f"{norm}attention of {module.num_heads} heads{reduction}"
+            plan.pattern += " -> + residual" * plan.adds
             plans.append(plan)
         return plans
 

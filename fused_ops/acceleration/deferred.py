@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Factors that an operator may take.
+SCALES = ("layer_scale", "drop_path")
 _ADDITIONS = {"add", "__add__", "__radd__"}
 _PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
 
@@ -28,11 +30,11 @@ class Deferred:
     """Stands for ``compute()`` until something needs it.
 
     Args:
-        compute: takes ``residual``, a tensor like its result, by name; where ``channel_dim`` is given also
-            ``layer_scale`` (C) and ``drop_path`` (B).
+        compute: takes ``residual``, a tensor like its result, and what ``factors`` names, by name.
         x: the operator's input.
         shape: of the result.
         dtypes: of the result, and of a residual and the result with it.
+        factors: any of ``layer_scale`` (C) and ``drop_path`` (B).
         channel_dim: of the result.
     """
 
@@ -42,12 +44,14 @@ class Deferred:
         x: Tensor,
         shape: Sequence[int],
         dtypes: tuple[torch.dtype, torch.dtype],
-        channel_dim: int | None = None,
+        factors: tuple[str, ...] = (),
+        channel_dim: int = -1,
     ) -> None:
         self._compute = compute
         self._x = x
         self._shape = shape
         self._dtypes = dtypes
+        self._takes_factors = factors
         self._channel_dim = channel_dim
         self._dims = tuple(range(len(shape)))
         self._factors: dict[str, Tensor] = {}
@@ -140,7 +144,7 @@ class Deferred:
 
     def _times(self, factor: Tensor) -> Deferred | None:
         """With a factor per channel or per image noted; None for any other."""
-        if self._channel_dim is None or factor.dim() > self.ndim:
+        if factor.dim() > self.ndim:
             return None
         sizes = (1,) * (self.ndim - factor.dim()) + tuple(factor.shape)
         varies = [dim for dim, size in zip(self._dims, sizes, strict=True) if size != 1]
@@ -148,15 +152,17 @@ class Deferred:
             return None
         if factor.dtype not in (self._x.dtype, self._dtypes[0], torch.float32):
             return None
-        if varies == [self._channel_dim] and "layer_scale" not in self._factors:
+        free = [name for name in self._takes_factors if name not in self._factors]
+        if varies == [self._channel_dim] and "layer_scale" in free:
             return self._with({"layer_scale": factor.flatten()})
         per_image = varies == [0] or (not varies and self._shape[0] == 1)
-        if per_image and not factor.requires_grad and "drop_path" not in self._factors:
+        if per_image and not factor.requires_grad and "drop_path" in free:
             return self._with({"drop_path": factor.flatten()})
         return None
 
     def _with(self, factors: dict[str, Tensor], dims: tuple[int, ...] | None = None) -> Deferred:
-        noted = Deferred(self._compute, self._x, self._shape, self._dtypes, self._channel_dim)
+        given = (self._shape, self._dtypes, self._takes_factors, self._channel_dim)
+        noted = Deferred(self._compute, self._x, *given)
         noted._dims = self._dims if dims is None else dims
         noted._factors = {**self._factors, **factors}
         return noted

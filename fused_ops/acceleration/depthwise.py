@@ -211,6 +211,8 @@ class Depthwise(Family):
         for name, conv in model.named_modules():
             if not isinstance(conv, nn.Conv2d) or conv.groups == 1 or conv.groups != conv.in_channels:
                 continue
+            if id(conv) in claimed:
+                continue
             plan = Plan(Depthwise, name, conv)
             plans.append(plan)
             chain = conv.__dict__.get(ATTRIBUTE)

@@ -62,7 +62,7 @@ class Flow:
     unknown: set[int] = field(default_factory=set)
 
     def follower(self, module: nn.Module) -> nn.Module | None:
-        """The module that every output of ``module`` goes to, and only there, and that takes nothing else."""
+        """The module whose first argument every output of ``module`` is, and that has no other one."""
         calls = self.calls.get(id(module), [])
         following = calls[0].consumer if calls else None
         if following is None or id(module) in self.unknown or id(following) in self.unknown:
@@ -300,14 +300,18 @@ def _trace(root: nn.Module, skeleton: _Skeleton, flow: Flow) -> list[nn.Module]:
 
     def only_user(node: fx.Node) -> fx.Node | None:
         user = any_user(node)
-        plain = user is not None and user.op == "call_module" and user.args == (node,) and not user.kwargs
-        return user if plain else None
+        return user if user is not None and takes_first(user, node) else None
+
+    def takes_first(user: fx.Node, node: fx.Node) -> bool:
+        """Whether a module gets ``node`` as its first argument, and nowhere else."""
+        others = tree_leaves((user.args[1:], user.kwargs))
+        return user.op == "call_module" and user.args[:1] == (node,) and node not in others
 
     def scaled(node: fx.Node) -> tuple[nn.Module | None, nn.Module | None]:
         """``then`` and ``adder`` of a call."""
         while (user := any_user(node)) is not None and not user.kwargs:
             if user.op == "call_module":
-                return (module_of(user) if user.args == (node,) else None), None
+                return (module_of(user) if takes_first(user, node) else None), None
             if _is_sum_with_another(user, node):
                 # Where the tracer was, as the innermost module that it was in.
                 path, _ = next(reversed(user.meta.get("nn_module_stack", {}).values()), (None, None))
@@ -321,7 +325,7 @@ def _trace(root: nn.Module, skeleton: _Skeleton, flow: Flow) -> list[nn.Module]:
         module = module_of(node)
         if module is None:
             continue
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        source = node.args[0] if node.args else None
         alone = isinstance(source, fx.Node) and only_user(source) is node
         user = only_user(node)
         producer, consumer = module_of(source) if alone else None, None if user is None else module_of(user)

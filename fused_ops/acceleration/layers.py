@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from fused_ops.acceleration.exchange import stock_type, type_name
+from fused_ops.acceleration.exchange import is_hooked, stock_type, type_name
 from fused_ops.core.batch_norm import BatchNormState
+
+if TYPE_CHECKING:
+    from fused_ops.acceleration.flow import Flow
 
 _TIMM_NORM_ACT = "timm.layers.norm_act."
 PLAIN_BATCH_NORMS = {
@@ -66,6 +71,24 @@ def is_norm(module: nn.Module | None) -> bool:
 
 def holds_activation(norm: nn.Module) -> bool:
     return type_name(norm).startswith(_TIMM_NORM_ACT)
+
+
+def norm_before(
+    module: nn.Module, channels: int, is_map: bool, flow: Flow, claimed: set[int]
+) -> tuple[nn.Module | None, str]:
+    """The norm over ``channels`` whose output certainly goes to ``module`` alone, or why it stays outside."""
+    norm = flow.leader(module)
+    name = "" if norm is None else type_name(norm)
+    known = name in (MAP_NORMS if is_map else TOKEN_NORMS)
+    if is_map and name in PLAIN_BATCH_NORMS:
+        known = True
+    elif known:
+        known = tuple(norm.normalized_shape) == (channels,)
+    if not known or "forward" in norm.__dict__ or id(norm) in claimed:
+        return None, ""
+    if is_hooked(norm):
+        return None, "its norm has hooks, and stays outside"
+    return norm, ""
 
 
 def frozen_state(norm: nn.Module) -> BatchNormState:

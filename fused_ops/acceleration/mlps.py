@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fused_ops.acceleration.deferred import Deferred
+from fused_ops.acceleration.deferred import SCALES, Deferred
 from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
@@ -13,16 +13,9 @@ from fused_ops.acceleration.exchange import (
     is_hooked,
     run_stock,
     stock_type,
-    type_name,
 )
 from fused_ops.acceleration.flow import Flow, inside_fused
-from fused_ops.acceleration.layers import (
-    MAP_NORMS,
-    PLAIN_BATCH_NORMS,
-    TOKEN_NORMS,
-    activation_of,
-    frozen_state,
-)
+from fused_ops.acceleration.layers import activation_of, frozen_state, norm_before
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
@@ -50,7 +43,7 @@ class _FirstLayer(Exchanged):
         if not chain.awaits_addition():
             return compute()
         channel_dim = 1 if isinstance(self, nn.Conv2d) else x.dim() - 1
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), channel_dim)
+        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), SCALES, channel_dim)
 
 
 class Mlps(Family):
@@ -80,7 +73,9 @@ class Mlps(Family):
             else:
                 plan.declined = _mlp_obstacle(plan)
                 if not plan.declined:
-                    plan.norm, plan.remark = _norm_before(fc1, flow, claimed)
+                    plan.norm, plan.remark = norm_before(
+                        fc1, _width_in(fc1), isinstance(fc1, nn.Conv2d), flow, claimed
+                    )
                     plan.tail = flow.tail(plan.others[0])
             claimed.update(id(module) for module in plan.members if module is not None)
             widths = (_width_in(fc1), _width_out(fc1), _width_in(fc1))
@@ -173,20 +168,3 @@ def _mlp_obstacle(plan: Plan) -> str:
     if any(is_hooked(module) for module in plan.members if module is not None):
         return "has hooks, which would see the whole chain's output"
     return ""
-
-
-def _norm_before(fc1: nn.Module, flow: Flow, claimed: set[int]) -> tuple[nn.Module | None, str]:
-    """The norm whose output certainly goes to ``fc1`` alone, or why it stays outside."""
-    norm = flow.leader(fc1)
-    name = "" if norm is None else type_name(norm)
-    is_map = isinstance(fc1, nn.Conv2d)
-    known = name in (MAP_NORMS if is_map else TOKEN_NORMS)
-    if is_map and name in PLAIN_BATCH_NORMS:
-        known = True
-    elif known:
-        known = tuple(norm.normalized_shape) == (_width_in(fc1),)
-    if not known or "forward" in norm.__dict__ or id(norm) in claimed:
-        return None, ""
-    if is_hooked(norm):
-        return None, "its norm has hooks, and stays outside"
-    return norm, ""

@@ -332,8 +332,12 @@ _BACKWARD_SCHEMA = (
 )
 
 
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(like.shape), dtype=dtype, device=like.device)
+
+
 def _allocate_forward(call: AttentionBlockCall) -> Tensor:
-    return torch.empty(tuple(call.x.shape), dtype=call.out_dtype, device=call.x.device)
+    return _empty(call.x, call.out_dtype)
 
 
 def _allocate_backward(call: AttentionBlockCall, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -341,9 +345,7 @@ def _allocate_backward(call: AttentionBlockCall, needs: list[bool]) -> tuple[Ten
     rows, keys = triton_block.wanted(needs)
     there = (rows, keys, keys, *needs[3:])
     return tuple(
-        torch.empty(tuple(source.shape), dtype=source.dtype, device=source.device)
-        if wanted and source is not None
-        else library.absent(call.x)
+        _empty(source, source.dtype) if wanted and source is not None else library.absent(call.x)
         for source, wanted in zip(call.tensors()[:_GRADIENTS], there, strict=True)
     )
 

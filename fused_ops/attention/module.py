@@ -40,32 +40,61 @@ def residual_attention(
     size: Sequence[int] | None,
     drop_path: DropPath,
 ) -> Tensor:
-    """``x + drop_path(attention(norm(x), size))``, by :func:`fused_ops.attention_block` where that fits.
+    """``x + drop_path(attention(norm(x), size))`` of a block, by :func:`attention_branch` on stock norms."""
+    if type(norm) is not nn.LayerNorm or attention.proj.out_features != x.shape[-1]:
+        return x + drop_path(attention(norm(x), size))
+    state, factors = LayerNormState.from_module(norm), drop_path.factors(x)
+    form = (attention.reduction, attention.reduction_ratio)
+    return attention_branch(attention, x, size, *form, norm=state, residual=x, drop_path=factors)
+
+
+def attention_branch(
+    module: nn.Module,
+    x: Tensor,
+    size: Sequence[int] | None,
+    reduction: str,
+    ratio: int,
+    *,
+    norm: LayerNormState | None = None,
+    residual: Tensor | None = None,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """``[residual +] drop_path * attention(norm(x))``, by :func:`fused_ops.attention_block` where that fits.
 
     Keys and values come from ``norm(x)``, which is computed for them by itself.
+
+    Args:
+        module, size, reduction, ratio: as of :func:`reduced_attention`.
+        x: tokens (B, N, C).
+        norm: of a LayerNorm over channels, or None.
+        residual: like the result, or None.
+        drop_path: factor per image (B), or None.
     """
-    dropouts = (attention.attn_drop, attention.proj_drop)
-    stock = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
-    stock = stock and type(attention.q) is nn.Linear and type(attention.proj) is nn.Linear
-    stock = stock and attention.proj.out_features == x.shape[-1]
-    if not stock or any(dropout.training and dropout.p > 0.0 for dropout in dropouts):
-        return x + drop_path(attention(norm(x), size))
-    normalised = norm(x)
-    key, value = _keys_and_values(attention, normalised, size, attention.reduction, attention.reduction_ratio)
-    if not fits_sizes(x.shape[-1], key.shape[1], torch.is_grad_enabled(), key.dtype)[0]:
-        return x + drop_path(_attend(attention, normalised, key, value))
-    return attention_block(
-        x,
-        key,
-        value,
-        attention.q.weight,
-        attention.proj.weight,
-        LayerNormState.from_module(norm),
-        query_bias=attention.q.bias,
-        out_bias=attention.proj.bias,
-        drop_path=drop_path.factors(x),
-        residual=x,
+    z = x if norm is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    key, value = _keys_and_values(module, z, size, reduction, ratio)
+    plain = type(module.q) is nn.Linear and type(module.proj) is nn.Linear
+    plain = (
+        plain and module.proj.out_features == x.shape[-1] and (residual is None or residual.dtype == x.dtype)
     )
+    dropped = any(layer.training and layer.p > 0.0 for layer in (module.attn_drop, module.proj_drop))
+    fits, _ = fits_sizes(x.shape[-1], key.shape[1], torch.is_grad_enabled(), key.dtype)
+    if fits and plain and not dropped:
+        return attention_block(
+            x,
+            key,
+            value,
+            module.q.weight,
+            module.proj.weight,
+            norm,
+            query_bias=module.q.bias,
+            out_bias=module.proj.bias,
+            drop_path=drop_path,
+            residual=residual,
+        )
+    out = _attend(module, z, key, value)
+    if drop_path is not None:
+        out = out * drop_path[:, None, None]
+    return out if residual is None else residual + out
 
 
 def _attend(module: nn.Module, x: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -553,9 +553,8 @@ def _aggregate_plan(call: Any, needs: list[bool] | None = None) -> Plan:
         return _plan(call.x, "tiles", area=1024, per_thread=4)
     options = {}
     if call.count > 2:
-        size = 2 if call.count > 3 else 4
-        # The compiler for some architectures would rather spill a few registers than take more of them.
-        options = {"area": 256 * size, "per_thread": size, "maxnreg": 200}
+        area = 512 if call.count > 3 else 1024
+        options = {"area": area, "per_thread": area // 512}
     # Every layer has a sum per channel and part: at 16 positions, more than a tenth of what the maps weigh.
     return _sums_plan(call.x, any(needs[MOST_MAPS:-1]), 16 if call.layers < 2 else 32, **options)
 

@@ -47,6 +47,8 @@ CHANNELS = {
     "*_resnet_*": RESNET,
     "dla60_*": (128, 256, 512, 1024),
     "res2ne*": RESNET,
+    # One stage, of stride 16.
+    "focalnet_*_iso": None,
     "focalnet_base_*": WIDE,
     "focalnet_large_*": (192, 384, 768, 1536),
     "focalnet_xlarge_*": (256, 512, 1024, 2048),

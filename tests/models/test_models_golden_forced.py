@@ -1,7 +1,7 @@
 """Whole models against the recorded numbers with kernels forced, at float32.
 
 On a CPU the CUDA kernels run in the emulator; Triton's interpreter would take minutes for any of these, so
-that its kernels run on a GPU. FishNet, SDA-xNet and Next-ViT call no operator that has kernels.
+that its kernels run on a GPU.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def own(name, run=whole, **kwargs):
 
 
 def gated(name, run=whole, **kwargs):
-    """A ResNet with gates."""
+    """A ResNet with gates, FishNet or SDA-xNet."""
 
     def build():
         record = golden.load(name)
@@ -53,6 +53,11 @@ def from_timm(name):
     return build
 
 
+def dense_focalnet(name):
+    """A backbone for detection of FocalNet."""
+    return lambda: (*test_timm_systems.filled_dense(name), lambda model, x: model(x))
+
+
 DENSE = {"features_only": True, "output_norm": True}
 MODELS = {
     **{name: own(name) for name in ("dsnet_tiny_star", "dsnet_small_star", "dsnet_base_star")},
@@ -64,6 +69,8 @@ MODELS = {
     **{name: own(name, maps, **DENSE) for name in ("hlg_tiny_dense_repaired", "hlg_small_dense_repaired")},
     **{name: gated(name) for name in ("cbam_resnet_18", "cbam_resnet_50", "eca_resnet_18", "eca_resnet_50")},
     "sem_resnet_164_cifar": gated("sem_resnet_164_cifar"),
+    **{f"fishnet_{depth}": gated(f"fishnet_{depth}") for depth in (99, 150, 201)},
+    **{f"sda_{block}_86": gated(f"sda_{block}_86") for block in ("resnet", "senet", "res2net", "pyconv")},
     **{
         name: gated(name, maps, num_classes=0)
         for name in ("gcnet_resnet_50_r16_backbone", "gcnet_resnet_50_r4_backbone")
@@ -73,11 +80,20 @@ MODELS = {
         for name in (*test_timm_systems.GOLDEN, *test_timm_systems.EXTENDED)
         if not name.startswith("next_vit")
     },
+    **{name: dense_focalnet(name) for name in test_timm_systems.DENSE},
 }
 # Those with depthwise convolutions; what has no CUDA kernel runs on the reference path.
 BY_CUDA = ["focalnet_toy_huge", "pvt_v2_b0"]
 MORE_BY_CUDA = [
-    *("focalnet_tiny_lrf", "pvt_v2_b2_li", "pvt_v2_b5", "vip_mobile", "dsnet_tiny_star", "fcvit_tiny"),
+    *(
+        "focalnet_tiny_lrf",
+        "focalnet_tiny_iso",
+        "pvt_v2_b2_li",
+        "pvt_v2_b5",
+        "vip_mobile",
+        "dsnet_tiny_star",
+        "fcvit_tiny",
+    ),
     *("hlg_tiny_dense_repaired", "hlg_small_dense_repaired"),
 ]
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import timm
 
-from fused_ops.models import create_model, list_models, model_table, systems
+from fused_ops.models import count_macs, count_params, create_model, list_models, model_table, systems
 from fused_ops.models.__main__ import describe, main
 from fused_ops.models.registry import System, find_system, preset_of, register_system
 from fused_ops.train.presets import PRESETS
@@ -55,6 +56,26 @@ def test_published_numbers_agree_or_are_explained():
                 assert "not reproduced" in info.note, name
 
 
+def test_published_macs_agree_or_are_explained():
+    """To half a unit of the last digit printed, or half a percent."""
+    for system in systems():
+        for name, info in system.models.items():
+            if info.published_macs is None:
+                continue
+            published = f"{info.published_macs / 1e9:.12g}"
+            digits = max(1, len(published.partition(".")[2]))
+            printed = abs(info.macs / 1e9 - float(published)) <= 0.5 * 10**-digits
+            if not printed and abs(info.macs / info.published_macs - 1) > 0.005:
+                assert re.search("FLOPs|MACs|multiply-accumulates", info.note + info.source), name
+
+
+@pytest.mark.parametrize("name", list_models("[!d]*_test"))
+def test_counts_of_models_for_tests(name):
+    info = find_system(name).models[name]
+    model = create_model(name, device="meta")
+    assert (count_params(model), count_macs(model, info.input_size)) == (info.params, info.macs)
+
+
 def test_registering_twice_is_refused():
     system = next(system for system in systems() if system.name == "DS-Net")
     with pytest.raises(ValueError, match="already registered"):
@@ -77,6 +98,9 @@ def test_json(capsys):
     assert (row["published_params"], row["published_macs"], row["published_top1"]) == (10.5e6, 1.8e9, 79.0)
     assert row["source"]
     assert row["preset"] == "imagenet"
+    assert row["checkpoints"] == ["pytorch: SteveTsui/DS-Net", "paddle: PaddlePaddle/PaddleClas"]
+    assert "co_attention" in row["fused"]
+    assert [row["inferred"] for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -92,7 +116,14 @@ def test_table(capsys, monkeypatch, rich):
     assert "10.534 M" in out
     assert "1.832 G" in out
     assert "not reproduced" in out
-    assert "pvt_v2" in out.split("pvt_v2_b0")[1].splitlines()[0]
+    assert "0.044 G" in out
+    for system in systems():
+        assert all(operator in out for operator in system.fused), system.name
+    # The last table has a line or more per system.
+    table = " ".join(out.split("published figures from")[1].split())
+    for text in ("kevin-ssy/FishNet", "none published", "sem_cifar", "arXiv 2102.12122", "pool_map"):
+        assert text in table
+    assert "…" not in out
 
 
 def test_no_match(capsys):
@@ -151,10 +182,18 @@ def test_every_card_says_whose_what_is():
             assert "RECONSTRUCTION" in text
 
 
-def test_reconstructions_are_labelled_in_the_table():
-    for row in model_table():
-        if row["system"] in ("CAT", "DCDC"):
-            assert re.search("reconstruct|inferred", row["note"]), row["name"]
+def test_reconstructions_are_labelled_wherever_they_are_listed(capsys):
+    names = [name for name in list_models() if re.match("cat_|dcdc_|fishnext_", name)]
+    rows = {row["name"]: row for row in model_table()}
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in names:
+        assert rows[name]["inferred"]
+        assert rows[name]["note"].startswith("inferred")
+        assert "(inferred)" in next(line for line in lines if f" {name} *" in line or line.startswith(name))
+    # A docstring is what timm and editors show.
+    for name in names:
+        assert re.search("inferred|reconstruction", timm.model_entrypoint(name).__doc__), name
 
 
 def test_card(capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import backbones
+from support import backbones, staged_backbones
 
 from fused_ops.models import create_model, list_models
 from fused_ops.models.registry import find_system
@@ -79,6 +79,11 @@ def test_timm_contract(name):
     backbones.check_meta_construction(build)
     with pytest.raises(ValueError, match=r"x must be at least 32 x 32 pixels.*got 16 x 64"):
         model(backbones.image(16, 64))
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_any_size(name):
+    staged_backbones.check_sizes(builder(name), [(32, 32), (33, 65), (40, 100)])
 
 
 def test_grad_checkpointing():

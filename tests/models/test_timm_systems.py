@@ -8,9 +8,12 @@ import re
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support import golden
 from timm.layers import LayerNorm2d
 from timm.models import convnext, davit, focalnet, nextvit, pvt_v2
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops
 from fused_ops.models import (
@@ -22,6 +25,7 @@ from fused_ops.models import (
     systems,
 )
 from fused_ops.models.registry import find_system, system_of
+from fused_ops.models.timm_systems import FOCALNET
 
 SYSTEMS = [system for system in systems() if system.model_class is None]
 NAMES = [name for system in SYSTEMS for name in system.models]
@@ -51,6 +55,9 @@ COUNTED = {
     "focalnet_xlarge_fl4": (366_322_784, 185.54),
     "focalnet_huge_fl3": (686_564_424, 118.06),
     "focalnet_huge_fl4": (689_277_664, 118.76),
+    "focalnet_tiny_iso": (5_880_280, 1.109),
+    "focalnet_small_iso": (22_376_344, 4.305),
+    "focalnet_base_iso": (87_237_400, 16.934),
     "nextvit_small": (31_763_368, 5.794),
     "nextvit_base": (44_818_856, 8.274),
     "nextvit_large": (57_874_344, 10.753),
@@ -76,13 +83,12 @@ ONE_EACH = [next(iter(system.models)) for system in SYSTEMS]
 CONVERTERS = {
     "focalnet_tiny_lrf": focalnet.checkpoint_filter_fn,
     "focalnet_huge_fl3": focalnet.checkpoint_filter_fn,
+    "focalnet_base_iso": focalnet.checkpoint_filter_fn,
     "nextvit_small": nextvit.checkpoint_filter_fn,
     "pvt_v2_b2_li": pvt_v2.checkpoint_filter_fn,
     "davit_tiny": davit.checkpoint_filter_fn,
     "convnext_tiny": convnext.checkpoint_filter_fn,
 }
-WITH_DEPTHWISE = ("focalnet_tiny_srf", "pvt_v2_b0", "mobilenetv3_small_075")
-WITHOUT = ("ecaresnet26t",)
 
 
 def test_every_name_is_counted_or_published():
@@ -91,21 +97,38 @@ def test_every_name_is_counted_or_published():
         assert name in COUNTED or info.published_params is not None or "timm's own" in info.note, name
 
 
+@pytest.fixture
+def no_values(monkeypatch):
+    """Initialisation of parameters without data takes most of the time of building a model, for nothing."""
+    for name in ("uniform_", "normal_", "erfinv_", "fill_", "zero_", "mul_", "add_", "clamp_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+
+
+def macs_on_meta(model, input_size):
+    """What count_macs() counts, in half the time, where no operator of this project is in the model."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, *input_size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters(name):
+def test_counts(name, no_values):
     system = find_system(name)
     info = system.models[name]
-    # accelerate() changes no parameter, so timm's own model is as good, except where operators are counted.
-    build = create_model if name in ONE_EACH else timm.create_model
-    model = build(name, device="meta", **system.defaults.get(name, {}))
-    assert count_params(model) == info.params
+    model = timm.create_model(name, device="meta", **system.defaults.get(name, {}))
+    assert (count_params(model), macs_on_meta(model, info.input_size)) == (info.params, info.macs)
     if name in COUNTED:
         assert (info.params, info.macs / 1e9) == (
             COUNTED[name][0],
             pytest.approx(COUNTED[name][1], rel=0.005),
         )
-    if name in ONE_EACH:
-        assert count_macs(model, info.input_size) == info.macs
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_accelerated_models_count_the_same(name, no_values):
+    info = find_system(name).models[name]
+    model = create_model(name, device="meta")
+    assert (count_params(model), count_macs(model, info.input_size)) == (info.params, info.macs)
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
@@ -117,7 +140,7 @@ def test_layouts_agree_with_timms_converter(name):
     assert {key: tuple(value.shape) for key, value in converted.items()} == own
 
 
-@pytest.mark.parametrize("name", WITH_DEPTHWISE + WITHOUT)
+@pytest.mark.parametrize("name", ["focalnet_tiny_srf", "pvt_v2_b0", "mobilenetv3_small_075", "ecaresnet26t"])
 def test_it_is_timms_model_on_fused_operators(name):
     torch.manual_seed(0)
     stock = timm.create_model(name, num_classes=7)
@@ -135,8 +158,9 @@ def test_it_is_timms_model_on_fused_operators(name):
     found.square().sum().backward()
     for (key, x), y in zip(stock.named_parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(y.grad, x.grad, rtol=1e-7, atol=1e-9, msg=key)
-    calls = len(fused_ops.explain(fused, image).rows())
-    assert (calls > 0) == (name in WITH_DEPTHWISE)
+    called = {row["op"] for row in fused_ops.explain(fused, image).rows()}
+    assert called
+    assert called <= set(find_system(name).fused)
 
 
 @pytest.mark.parametrize("name", ["focalnet_tiny_srf", "pvt_v2_b0", "efficientnet_b0"])
@@ -154,6 +178,17 @@ def test_features_with_a_checkpoint(name):
         (1, channels, 64 // reduction, 64 // reduction)
         for channels, reduction in zip(info.channels(), info.reduction(), strict=True)
     ]
+
+
+def test_sides_that_hrnet_cannot_take():
+    arguments = {"num_classes": 3, "device": "meta"}
+    for extra in ({}, {"features_only": True}):
+        model = create_model("hrnet_w18_small", **arguments, **extra)
+        message = "height and width of x must be multiples of 32, the total stride, got 64 x 250"
+        with pytest.raises(ValueError, match=message):
+            model(torch.empty(1, 3, 64, 250, device="meta"))
+    with pytest.raises(ValueError, match=r"x must be \(B, 4, H, W\), got \(1, 3, 64, 64\)"):
+        create_model("hrnet_w18_small", in_chans=4, **arguments)(torch.empty(1, 3, 64, 64, device="meta"))
 
 
 def test_unused_projections_of_dla_are_left_out():
@@ -202,6 +237,7 @@ EXTENDED = {
     "focalnet_tiny_lrf": "focalnet_tiny_lrf",
     "focalnet_small_lrf": "focalnet_small_lrf",
     "focalnet_base_lrf": "focalnet_base_lrf",
+    "focalnet_tiny_iso": "focalnet_tiny_iso",
     "next_vit_base": "nextvit_base",
     "next_vit_large": "nextvit_large",
     "pvt_v2_b1": "pvt_v2_b1",
@@ -227,7 +263,7 @@ class Stages:
         self.maps: list[torch.Tensor] = []
         if system == "FocalNet":
             # There a stage ends with the down-sampling of the next.
-            ends = [model.layers[i].downsample for i in (1, 2, 3)] + [model.layers[3]]
+            ends = [layer.downsample for layer in model.layers[1:]] + [model.layers[-1]]
         else:
             ends = list(model.stages)
         self.tokens = system != "Next-ViT"
@@ -257,6 +293,77 @@ def test_golden(record_name):
 
     golden.check_eval(model, record, run).check(golden.EVAL_TOLERANCE)
     golden.check_train(model, record, lambda x: [model(x)], names).check(golden.TRAIN_TOLERANCE)
+
+
+class DenseFocalNet(torch.nn.Module):
+    """The authors' form for detection: zeros right and below up to whole patches, a norm on every map."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.backbone = focalnet.FocalNet(
+            num_classes=0, focal_levels=(3,) * 4, focal_windows=(9,) * 4, **arguments
+        )
+        self.backbone.norm = torch.nn.Identity()
+        if arguments.get("use_overlap_down"):
+            # One pixel more than in their classifiers.
+            self.backbone.stem.proj.padding = (3, 3)
+        fused_ops.accelerate(self.backbone)
+        for patches in [self.backbone.stem, *(layer.downsample for layer in self.backbone.layers[1:])]:
+            patches.register_forward_pre_hook(self.pad)
+        for i, channels in enumerate(self.backbone.embed_dim):
+            self.add_module(f"norm{i}", LayerNorm2d(channels, eps=1e-5))
+
+    @staticmethod
+    def pad(patches, inputs):
+        height, width = inputs[0].shape[2:]
+        return F.pad(inputs[0], (0, -width % patches.stride, 0, -height % patches.stride))
+
+    def forward(self, x):
+        maps = self.backbone.forward_intermediates(x, intermediates_only=True)
+        return [self.get_submodule(f"norm{i}")(value) for i, value in enumerate(maps)]
+
+    def official_names(self):
+        layout, state = FOCALNET.layouts[0], self.backbone.state_dict()
+        inner = zip(state, layout.ours_to_official(state, self.backbone), strict=True)
+        names = {f"backbone.{name}": official for name, official in inner}
+        return {name: names.get(name, name) for name in self.state_dict()}
+
+
+DENSE = {
+    "focalnet_toy_conv_embed_dense": {
+        "depths": (2, 2, 2, 2),
+        "embed_dim": 24,
+        "use_overlap_down": True,
+        "layerscale_value": 1e-4,
+    },
+    "focalnet_tiny_lrf_dense": {},
+}
+
+
+def filled_dense(name):
+    """A record of the authors' backbone for detection, and timm's model with the fill, on fused operators."""
+    record = golden.load(name)
+    model = DenseFocalNet(**DENSE[name]).double()
+    names = model.official_names()
+    layout = FOCALNET.layouts[0]
+    official = layout.ours_to_official(model.backbone.state_dict(), model.backbone)
+    norms = {key: value for key, value in model.state_dict().items() if key == names[key]}
+    golden.check_layout(official | norms, record)
+    values = golden.fill(official | norms, record["state_dict"]["gain"])
+    inner = layout.official_to_ours({key: values[key] for key in official}, model.backbone)
+    model.backbone.load_state_dict(inner)
+    model.load_state_dict({key: values[key] for key in norms}, strict=False)
+    return record, model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["focalnet_toy_conv_embed_dense", pytest.param("focalnet_tiny_lrf_dense", marks=pytest.mark.extended)],
+)
+def test_dense_focalnet(name):
+    record, model = filled_dense(name)
+    golden.check_eval(model, record, lambda x: (model(x), ())).check(golden.EVAL_TOLERANCE)
+    golden.check_train(model, record, model, model.official_names()).check(golden.TRAIN_TOLERANCE)
 
 
 # Levels and flags of the recorded calls.

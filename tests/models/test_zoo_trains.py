@@ -6,7 +6,6 @@ without its loader: the same images at every step, so that the loss must fall.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
@@ -15,6 +14,7 @@ import test_timm_systems
 import torch
 from support.forced import kernels_of
 
+from fused_ops.core import backends
 from fused_ops.models import create_model, list_models
 from fused_ops.models.registry import find_system, systems
 from fused_ops.train.data import Digits
@@ -61,6 +61,8 @@ WITH_KERNELS = ["DS-Net", "ViP"]
 MORE_WITH_KERNELS = ["ConvNeXt", "FocalNet", "HIRI-ViT", "HLG", "PVTv2"]
 # Nothing makes these small.
 LARGE = ["EfficientNet", "HRNet", "Next-ViT"]
+# Models of one system that call different operators.
+SEVERAL_FORMS = ["PVT", "ResNets with gates, timm's"]
 # For 512 images, where the loss would not fall at every step from the beginning.
 RATES = {"nextvit_small": 0.03}
 STEPS = 10
@@ -120,7 +122,7 @@ def quiet():
 def check_training(system, kernels):
     name, arguments, side = (*SMALL[system], 32)[:3]
     batch = digits(side)
-    with kernels_of("cuda") if kernels else contextlib.nullcontext([]) as choices:
+    with kernels_of("cuda") if kernels else backends.record() as choices:
         engine = engine_of(name, arguments, side)
         losses = curve(engine, batch, 0, STEPS // 2)
         state = copy.deepcopy(engine.state())
@@ -129,6 +131,9 @@ def check_training(system, kernels):
         assert curve(resumed, batch, STEPS // 2, STEPS) == losses[STEPS // 2 :]
     assert losses[-1] < 0.9 * losses[0], losses
     assert not kernels or "cuda" in {choice.backend for choice in choices}
+    called, listed = {choice.operator for choice in choices}, set(find_system(name).fused)
+    assert called <= listed, "the system lists the operators that its models call"
+    assert called == listed or system in SEVERAL_FORMS
 
 
 def test_every_system_is_here():

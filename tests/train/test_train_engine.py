@@ -18,7 +18,7 @@ from fused_ops.train import main
 from fused_ops.train.checkpoint import WEIGHTS
 from fused_ops.train.distributed import World
 from fused_ops.train.engine import Engine, build_optimizer, build_scheduler, training_loss
-from fused_ops.train.settings import Settings
+from fused_ops.train.settings import Settings, validate
 
 CPU = World(0, 1, torch.device("cpu"))
 PLAIN = {
@@ -85,6 +85,65 @@ def test_learning_rate_is_the_closed_form():
             expected = low
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+# Arguments of a schedule, and the factor of the peak at a time in epochs (of 8 updates) from the beginning.
+DECAYS = {
+    "step": ({"decay_epochs": 2.5, "decay_rate": 0.3}, lambda t: 0.3 ** math.floor(t / 2.5)),
+    "multistep": (
+        {"decay_milestones": "1,4,7", "decay_rate": 0.2},
+        lambda t: 0.2 ** sum(t >= after for after in (1, 4, 7)),
+    ),
+    "exponential": ({"decay_epochs": 2.5, "decay_rate": 0.3}, lambda t: 0.3 ** (t / 2.5)),
+}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 2.5])
+@pytest.mark.parametrize("schedule", DECAYS)
+def test_decays_are_the_closed_form(schedule, warmup):
+    changes, factor = DECAYS[schedule]
+    settings = Settings(
+        data="x", epochs=10, warmup_epochs=warmup, batch_size=256, lr=4e-3, schedule=schedule, **changes
+    )
+    validate(settings)
+    peak, first = 2e-3, 1e-6
+    optimizer = build_optimizer(settings, Small(), CPU.device)
+    scheduler = build_scheduler(settings, optimizer, 8)
+    for step in range(80):
+        scheduler.step_update(step)
+        epoch = step / 8
+        expected = peak * factor(epoch)
+        if epoch < warmup:
+            expected = first + epoch / warmup * (peak - first)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 2.5])
+def test_polynomial_is_the_closed_form(warmup):
+    settings = Settings(
+        data="x",
+        epochs=10,
+        cooldown_epochs=1,
+        warmup_epochs=warmup,
+        batch_size=256,
+        lr=4e-3,
+        schedule="poly",
+        poly_power=2.0,
+    )
+    validate(settings)
+    peak, low, first = 2e-3, 1e-5, 1e-6
+    optimizer = build_optimizer(settings, Small(), CPU.device)
+    scheduler = build_scheduler(settings, optimizer, 8)
+    for step in range(88):
+        scheduler.step_update(step)
+        epoch = step / 8
+        left = max(0.0, (10 - epoch) / (10 - warmup))
+        expected = low + (peak - low) * left**2
+        if epoch < warmup:
+            expected = first + epoch / warmup * (peak - first)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_learning_rates_of_a_run(image_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import signal
@@ -18,6 +20,9 @@ from training_helpers import CONVNEXT, arguments, epochs, losses
 from fused_ops.train import main
 from fused_ops.train.checkpoint import LAST, load_state, save_state
 from fused_ops.train.engine import Engine
+from fused_ops.train.presets import PRESETS
+from fused_ops.train.report import METRICS
+from fused_ops.train.settings import SETTINGS_FILE
 
 UPDATES_PER_EPOCH = 3
 
@@ -113,6 +118,51 @@ def test_resume_at_an_epoch_boundary(reference, image_folder, tmp_path, monkeypa
     scramble_generators()
     assert main([f"--resume={run}"]) == 0
     assert_equal_runs(run, expected)
+
+
+def rates(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [row["lr"] for row in rows if row["kind"] == "update"]
+
+
+def test_resume_between_decays(image_folder, tmp_path, monkeypatch):
+    """The rate falls after epochs 1 and 2; the run stops in epoch 2."""
+    changes = {"schedule": "multistep", "decay_milestones": "1,2", "decay_rate": 0.5, "warmup_epochs": 0.5}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(arguments(image_folder, whole, **changes)) == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, "update", UPDATES_PER_EPOCH + 2, signal.SIGTERM)
+        assert main(arguments(image_folder, stopped, **changes)) == 143
+    assert main([f"--resume={stopped}"]) == 0
+    assert_equal_runs(stopped, whole)
+    peak = 0.05 * 8 / 512
+    ramp = [1e-6 + k / 2 * (peak - 1e-6) for k in range(2)]
+    assert rates(stopped) == rates(whole) == pytest.approx([*ramp, peak, *[peak / 2] * 3, *[peak / 4] * 3])
+
+
+def test_run_from_before_a_setting_existed(image_folder, tmp_path, monkeypatch, capsys):
+    """It goes on along the cosine that it began with, whatever its preset has become.
+
+    What is to be known of the preset is said at the start alone.
+    """
+    run = tmp_path / "run"
+    changes = {"preset": "fishnet", "schedule": "cosine", "epochs": 2, "min_lr": 0, "warmup_epochs": 0}
+    with monkeypatch.context() as patch:
+        signal_at(patch, "update", 2, signal.SIGTERM)
+        assert main(arguments(image_folder, run, **changes)) == 143
+    path = run / SETTINGS_FILE
+    stored = json.loads(path.read_text())
+    for name in ("schedule", "decay_epochs", "decay_milestones", "decay_rate", "poly_power"):
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    out = capsys.readouterr().out
+    assert "preset fishnet: kevin-ssy/FishNet, README and cfgs (momentum, rate 0.00078" in out
+    for note in PRESETS["fishnet"].notes:
+        assert f"note: {note}\n" in out
+    assert main([f"--resume={run}"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    peak = 0.05 * 8 / 512
+    assert rates(run) == pytest.approx([peak * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)])
 
 
 def start(command: list[str]) -> subprocess.Popen:
