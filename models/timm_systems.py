@@ -302,7 +302,7 @@ NEXT_VIT = _register(
         ],
     ),
     [renamed_layout("bytedance/Next-ViT", _next_vit_name)],
-    fused=("attention", "feed_forward"),
+    fused=("attention", "attention_block", "feed_forward"),
 )
 
 PVT_V2 = _register(
@@ -326,7 +326,7 @@ PVT_V2 = _register(
         ],
     ),
     [renamed_layout("whai362/PVT", _pvt_v2_name)],
-    fused=("attention", "depthwise"),
+    fused=("attention", "attention_block", "feed_forward_conv"),
 )
 
 DAVIT = _register(

@@ -14,7 +14,7 @@ import fused_ops
 
 pytest.importorskip("timm")
 from timm.models.nextvit import EfficientAttention
-from timm.models.pvt_v2 import Attention
+from timm.models.pvt_v2 import Attention, Block
 from timm.models.twins import GlobalSubSampleAttn
 
 SIZE = (6, 9)
@@ -62,7 +62,9 @@ def test_equals_stock_and_comes_out_again(name):
     assert (row.exchanged, row.kind, row.pattern) == (True, "attention", MODULES[name][1])
     with fused_ops.core.backends.record() as choices:
         assert_same(step(fused), step(stock))
-    assert [choice.operator for choice in choices] == ["attention"]
+    # With as many channels out as in, projections join it.
+    operator = "attention" if name == "Next-ViT last stage" else "attention_block"
+    assert [choice.operator for choice in choices] == [operator]
     assert fused_ops.accelerate(fused).results[0].reason == "exchanged before"
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert_same(step(twin, seed=1), step(copy.deepcopy(stock), seed=1))
@@ -168,6 +170,105 @@ def test_folded_norm_of_next_vit():
     assert fused_ops.accelerate(model).exchanged == 1
     x = torch.randn(SHAPE, dtype=torch.float64)
     torch.testing.assert_close(model(x), stock(x))
+
+
+BLOCK_SHAPE = (2, 48, 16)
+
+
+def block(**options) -> nn.Module:
+    torch.manual_seed(1)
+    model = Block(16, 2, sr_ratio=2, qkv_bias=True, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def block_step(model: nn.Module, backend: str = "reference") -> dict[str, torch.Tensor]:
+    return module_step(model, BLOCK_SHAPE, backend, call=lambda model, x: model(x, (6, 8)))
+
+
+@pytest.mark.parametrize("options", [{"drop_path": 0.4}, {"linear_attn": True}, {}])
+def test_whole_block(options):
+    """Norms, drop path and additions join both branches of a block; the MLP has a convolution inside."""
+    stock = block(**options).double()
+    fused = copy.deepcopy(stock)
+    rows = fused_ops.accelerate(fused).results
+    reduction = "pool 1" if "linear_attn" in options else "conv 2"
+    assert [row.pattern for row in rows] == [
+        "LayerNorm -> MLP 16-64-16 depthwise gelu -> + residual",
+        f"LayerNorm -> attention of 2 heads, {reduction} -> + residual",
+    ]
+    for model in (fused, pickle.loads(pickle.dumps(fused))):
+        with fused_ops.core.backends.record() as choices:
+            assert_same(block_step(model), block_step(stock))
+        assert [choice.operator for choice in choices] == ["attention_block", "feed_forward_conv"]
+        assert all("residual" in choice.call for choice in choices)
+        assert all(("drop path" in choice.call) == ("drop_path" in options) for choice in choices)
+    assert_same(block_step(fused.eval()), block_step(stock.eval()))
+    fused_ops.restore(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_whole_block_on_the_kernels():
+    stock = block()
+    exact = block_step(copy.deepcopy(stock).double())
+    eager = block_step(copy.deepcopy(stock))
+    fused_ops.accelerate(stock)
+    for key, value in block_step(stock, "triton").items():
+        error, eager_error = ((each.double() - exact[key]).norm() for each in (value, eager[key]))
+        # Gradients of the keys' biases are zero but for rounding.
+        assert error <= 2 * eager_error + 1e-5 * max(exact[key].norm().item(), 1.0), key
+
+
+def test_whole_block_compiles():
+    model = block().eval()
+    fused_ops.accelerate(model)
+    x = torch.randn(BLOCK_SHAPE)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, (6, 8)), model(x, (6, 8)))
+
+
+@pytest.mark.parametrize(
+    "path", ["norm1", "norm2", "mlp", "mlp.fc1", "mlp.dwconv", "mlp.act", "mlp.drop", "attn", "drop_path1"]
+)
+def test_hooks_in_a_block_see_stock_values(path):
+    stock = block(drop_path=0.4).double()
+    fused = copy.deepcopy(stock)
+    fused_ops.accelerate(fused)
+    seen = [[], []]
+    for model, found in zip((stock, fused), seen, strict=True):
+        model.get_submodule(path).register_forward_hook(
+            lambda m, inputs, out, found=found: found.append((inputs[0].detach(), out.detach()))
+        )
+    assert_same(block_step(fused), block_step(stock))
+    assert len(seen[0]) == len(seen[1])
+    for got, want in zip(seen[1], seen[0], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_dropout_in_a_block_runs_the_stock_modules():
+    stock = block(proj_drop=0.5).double()
+    fused = copy.deepcopy(stock)
+    fused_ops.accelerate(fused)
+    assert_same(block_step(fused), block_step(stock))
+    assert_same(block_step(fused.eval()), block_step(stock.eval()))
+
+
+def test_declined_mlps():
+    other = block()
+    other.mlp.dwconv = nn.Conv2d(64, 64, 5, padding=2, groups=64)
+    other.mlp.act = nn.Tanh()
+    row = next(row for row in fused_ops.accelerate(other).results if row.kind == "mlp")
+    assert (row.exchanged, row.reason) == (False, "a part of it has hooks or is of another kind")
+    other.mlp.act = nn.GELU()
+    fused_ops.restore(other)
+    rows = fused_ops.accelerate(other).results
+    (row,) = (row for row in rows if row.kind == "mlp")
+    assert "kernel_size=(5, 5)" in row.reason
+    # The convolution is exchanged by itself then.
+    assert [row.exchanged for row in rows if row.kind == "depthwise"] == [True]
 
 
 def test_bytes_of_the_report():
