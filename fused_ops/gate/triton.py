@@ -554,7 +554,8 @@ def _aggregate_plan(call: Any, needs: list[bool] | None = None) -> Plan:
     options = {}
     if call.count > 2:
         area = 512 if call.count > 3 else 1024
-        options = {"area": area, "per_thread": area // 512}
+        # What 512 threads may have: the compiler for some architectures would rather spill a few registers.
+        options = {"area": area, "per_thread": area // 512, "maxnreg": 128}
     # Every layer has a sum per channel and part: at 16 positions, more than a tenth of what the maps weigh.
     return _sums_plan(call.x, any(needs[MOST_MAPS:-1]), 16 if call.layers < 2 else 32, **options)
 
