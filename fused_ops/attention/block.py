@@ -443,7 +443,7 @@ _DIFFERENTIABLE = library.DifferentiableOperator(
     setup_context=_setup_context,
     autograd=_autograd,
     once_differentiable="has no derivative of its own; for second derivatives run attention_block inside "
-    'fused_ops.backend("reference")',
+    'fused_ops.backend("reference") in float64',
 )
 OPERATOR = library.register(
     library.Operator(

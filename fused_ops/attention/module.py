@@ -41,7 +41,8 @@ def residual_attention(
     drop_path: DropPath,
 ) -> Tensor:
     """``x + drop_path(attention(norm(x), size))`` of a block, by :func:`attention_branch` on stock norms."""
-    if type(norm) is not nn.LayerNorm or attention.proj.out_features != x.shape[-1]:
+    # With dropout, random numbers are drawn in the order in which the modules would.
+    if type(norm) is not nn.LayerNorm or _drops(attention):
         return x + drop_path(attention(norm(x), size))
     state, factors = LayerNormState.from_module(norm), drop_path.factors(x)
     form = (attention.reduction, attention.reduction_ratio)
@@ -76,9 +77,8 @@ def attention_branch(
     plain = (
         plain and module.proj.out_features == x.shape[-1] and (residual is None or residual.dtype == x.dtype)
     )
-    dropped = any(layer.training and layer.p > 0.0 for layer in (module.attn_drop, module.proj_drop))
     fits, _ = fits_sizes(x.shape[-1], key.shape[1], torch.is_grad_enabled(), key.dtype)
-    if fits and plain and not dropped:
+    if fits and plain and not _drops(module):
         return attention_block(
             x,
             key,
@@ -95,6 +95,10 @@ def attention_branch(
     if drop_path is not None:
         out = out * drop_path[:, None, None]
     return out if residual is None else residual + out
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(layer.training and layer.p > 0.0 for layer in (module.attn_drop, module.proj_drop))
 
 
 def _attend(module: nn.Module, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
