@@ -67,7 +67,7 @@ class _ConvMlp(Exchanged):
 
         if not getattr(self, ATTRIBUTE).awaits_addition():
             return compute()
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), SCALES, 2)
+        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype, torch.float32), SCALES, 2)
 
 
 class ConvMlps(Family):

@@ -33,7 +33,7 @@ class Deferred:
         compute: takes ``residual``, a tensor like its result, and what ``factors`` names, by name.
         x: the operator's input.
         shape: of the result.
-        dtypes: of the result, and of a residual and the result with it.
+        dtypes: of the result, and what a residual may have, which the result with it has.
         factors: any of ``layer_scale`` (C) and ``drop_path`` (B).
         channel_dim: of the result.
     """
@@ -43,7 +43,7 @@ class Deferred:
         compute: Callable[..., Tensor],
         x: Tensor,
         shape: Sequence[int],
-        dtypes: tuple[torch.dtype, torch.dtype],
+        dtypes: Sequence[torch.dtype],
         factors: tuple[str, ...] = (),
         channel_dim: int = -1,
     ) -> None:
@@ -133,7 +133,7 @@ class Deferred:
         return func(*plain, **(kwargs or {}))
 
     def _takes(self, residual: Tensor) -> bool:
-        if residual.shape != self.shape or residual.dtype != self._dtypes[1]:
+        if residual.shape != self.shape or residual.dtype not in self._dtypes[1:]:
             return False
         return torch.promote_types(self.dtype, residual.dtype) == residual.dtype
 

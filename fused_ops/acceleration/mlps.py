@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fused_ops.acceleration.deferred import SCALES, Deferred
@@ -43,7 +44,7 @@ class _FirstLayer(Exchanged):
         if not chain.awaits_addition():
             return compute()
         channel_dim = 1 if isinstance(self, nn.Conv2d) else x.dim() - 1
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), SCALES, channel_dim)
+        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype, torch.float32), SCALES, channel_dim)
 
 
 class Mlps(Family):

@@ -8,17 +8,9 @@ result is written; backward recomputes the norm and the probabilities.
 from __future__ import annotations
 
 from fused_ops.core.triton_attention import dot
+from fused_ops.core.triton_layer_norm import normalise_rows, normalise_rows_backward
 from fused_ops.core.triton_matrices import vector
 from fused_ops.core.triton_support import jit, tl
-
-
-@jit
-def _normalised(x, c, channels, eps):
-    """x (BLOCK_M, BLOCK_C) with mean 0 and variance 1 over the channels, and one over its deviation."""
-    mean = tl.sum(x, axis=1) / channels
-    centred = tl.where((c < channels)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / channels + eps)
-    return centred * rstd[:, None], rstd
 
 
 @jit
@@ -123,7 +115,7 @@ def block_forward_kernel(
         x = load_tokens(x_ptr, m, c, x_n, x_c, tokens, channels)
         z = x
         if NORM:
-            normalised = _normalised(x, c, channels, eps)[0]
+            normalised = normalise_rows(x, (c < channels)[None, :], channels, eps)[0]
             z = normalised * gamma + beta
         z = z.to(DTYPE)
         out = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -248,7 +240,7 @@ def block_backward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         z = load_tokens(x_ptr, m, c, x_n, x_c, tokens, channels)
         if NORM:
-            normalised = _normalised(z, c, channels, eps)[0]
+            normalised = normalise_rows(z, (c < channels)[None, :], channels, eps)[0]
             z = normalised * gamma + beta
         z = z.to(DTYPE)
         grad = load_tokens(grad_ptr, m, c, grad_n, grad_c, tokens, channels)
@@ -310,13 +302,10 @@ def _store_token_gradient(
     if NORM:
         # Once more, from cache: the normalised tile would be held in registers all the while.
         x = load_tokens(x_ptr, m, c, x_n, x_c, tokens, channels)
-        normalised, rstd = _normalised(x, c, channels, eps)
+        normalised, rstd = normalise_rows(x, (c < channels)[None, :], channels, eps)
         weight_share = tl.sum(z_grad * normalised, axis=0)
         bias_share = tl.sum(z_grad, axis=0)
-        z_grad *= gamma
-        mean = tl.sum(z_grad, axis=1) / channels
-        slope = tl.sum(z_grad * normalised, axis=1) / channels
-        z_grad = (z_grad - mean[:, None] - normalised * slope[:, None]) * rstd[:, None]
+        z_grad = normalise_rows_backward(z_grad * gamma, normalised, rstd, channels)
     if IDENTITY:
         z_grad += load_tokens(grad_ptr, m, c, grad_n, grad_c, tokens, channels)
     where = m.to(tl.int64)[:, None] * channels + c[None, :]
@@ -406,7 +395,7 @@ def block_rows_kernel(
         m = start + tl.arange(0, BLOCK_M)
         z = load_tokens(x_ptr, m, c, x_n, x_c, tokens, channels)
         if NORM:
-            normalised = _normalised(z, c, channels, eps)[0]
+            normalised = normalise_rows(z, (c < channels)[None, :], channels, eps)[0]
             z = normalised * gamma + beta
         z = z.to(DTYPE)
         grad = load_tokens(grad_ptr, m, c, grad_n, grad_c, tokens, channels)

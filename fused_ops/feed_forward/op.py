@@ -19,6 +19,7 @@ from fused_ops.core.checks import (
     check_activation,
     check_alike,
     check_choice,
+    check_companion,
     check_direction,
     check_float,
     check_norm,
@@ -102,7 +103,9 @@ class FeedForwardCall:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        return self.x.dtype if self.identity or self.residual is not None else self.compute
+        if self.identity:
+            return self.x.dtype
+        return self.compute if self.residual is None else self.residual.dtype
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, name) for name in _TENSORS)
@@ -270,7 +273,8 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}; it must be that of x, {tuple(x.shape)}"
         )
-    check_alike("residual", residual, x)
+    check = check_alike if x.dtype == torch.float64 else check_companion
+    check("residual", residual, x)
 
 
 def mlp_block(
@@ -308,10 +312,10 @@ def mlp_block(
         layer_scale: factor per channel (C), or None for 1.
         drop_path: factor per image (B), 0 or one over the probability to keep it; None for 1. Gets no
             gradient.
-        residual: (B, ..., C) in the dtype of ``x``, or None.
+        residual: (B, ..., C) in the dtype of ``x`` or float32, or None.
 
     Returns:
-        (B, ..., C) in the dtype of ``x``; without a residual in that of the products.
+        (B, ..., C) in the dtype of the residual; without one in that of the products.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
@@ -378,10 +382,11 @@ def conv_mlp_block(
         layer_scale: factor per channel (C), or None for 1.
         drop_path: factor per image (B), 0 or one over the probability to keep it; None for 1. Gets no
             gradient.
-        residual: in the shape and the dtype of ``x``, or None.
+        residual: in the shape of ``x``, in its dtype or float32, or None.
 
     Returns:
-        In the shape, the layout and the dtype of ``x``; without a residual in the dtype of the products.
+        In the shape and the layout of ``x`` and the dtype of the residual; without one in that of the
+        products.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it, its value and what is.
@@ -625,7 +630,7 @@ def least_bytes(call: FeedForwardCall, direction: str) -> int:
     if not triton.stays_on_chip(call):
         return _wide_bytes(call, direction, x, out)
     if direction == "forward":
-        return (1 + call.batch_stats + (call.residual is not None)) * x + out
+        return (1 + call.batch_stats) * x + out + (0 if call.residual is None else out)
     return 3 * x + 2 * out
 
 
@@ -644,7 +649,7 @@ def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
     hidden = packed * call.fc1_weight.shape[0] // max(call.x.shape[-1], 1)
     layer = packed + hidden + call.compute.itemsize * call.fc1_weight.numel()
     norm = x + packed if call.has_normalised else 0
-    residual = x if call.identity or call.residual is not None else 0
+    residual = out if call.identity or call.residual is not None else 0
     if direction == "forward":
         return call.batch_stats * x + norm + 2 * layer + 2 * hidden + packed + residual + out
     scaled = out + packed if call.drop_path is not None or out != packed else 0

@@ -6,6 +6,7 @@ A tile is BLOCK_M tokens, in the order of the batch, as rows of a (BLOCK_M, BLOC
 from __future__ import annotations
 
 from fused_ops.core.activations import activate, activation_gradient
+from fused_ops.core.triton_layer_norm import normalise_rows, normalise_rows_backward
 from fused_ops.core.triton_matrices import vector
 from fused_ops.core.triton_support import jit, tl
 
@@ -43,9 +44,7 @@ def normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM: tl.constexp
         rstd = tl.rsqrt(vector(var_ptr, c, channels, 1.0) + eps)
         return tl.where(ok, (x - vector(mean_ptr, c, channels, 0.0)) * rstd, 0.0), rstd
     elif NORM == "layer":
-        difference = tl.where(ok, x - tl.sum(x, axis=1)[:, None] / channels, 0.0)
-        rstd = tl.rsqrt(tl.sum(difference * difference, axis=1)[:, None] / channels + eps)
-        return difference * rstd, rstd
+        return normalise_rows(x, ok, channels, eps)
     else:
         return x, 1.0
 
@@ -65,10 +64,7 @@ def norm_backward(
         gamma = vector(norm_weight_ptr, c, channels, 1.0)
         normalised, rstd = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
         if NORM == "layer":
-            z_grad *= gamma
-            mean = tl.sum(z_grad, axis=1)[:, None] / channels
-            slope = tl.sum(z_grad * normalised, axis=1)[:, None] / channels
-            return rstd * (z_grad - mean - normalised * slope)
+            return normalise_rows_backward(z_grad * gamma, normalised, rstd, channels)
         else:
             if norm_sums_ptr is not None:
                 mean = vector(norm_sums_ptr, c, channels, 0.0) * one_over_count

@@ -376,6 +376,35 @@ def test_results_do_not_depend_on_the_tile(tile):
 # Of the call
 
 
+@pytest.mark.parametrize("channels", [16, 160])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_float32_stream_beside_half_precision_tokens(channels, backend):
+    """As ConvNeXt has it under autocast: the norm's input is of a convolution, the shortcut is the stream."""
+    if backend == "triton":
+        require("triton", "cpu")
+    torch.manual_seed(4)
+    residual = (300 + torch.randn(2, 5, channels)).requires_grad_()
+    x = torch.randn(2, 5, channels).bfloat16().requires_grad_()
+    weights = [torch.randn(2 * channels, channels) / 9, torch.randn(channels, 2 * channels) / 9]
+    norm = fused_ops.LayerNormState(torch.ones(channels), torch.zeros(channels), 1e-6)
+    options = {"layer_scale": torch.full((channels,), 0.1), "drop_path": torch.tensor([1.25, 0.0])}
+    with fused_ops.backend(backend):
+        out = fused_ops.mlp_block(x, *weights, norm, **options, residual=residual)
+    grads = torch.autograd.grad(out.sum(), (x, residual))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, residual)]
+    hidden = F.gelu(F.linear(F.layer_norm(exact[0], (channels,), eps=1e-6), weights[0].double()))
+    branch = F.linear(hidden, weights[1].double()) * 0.1 * options["drop_path"].double()[:, None, None]
+    want = branch + exact[1]
+    assert out.dtype == torch.float32
+    # Rounded to bfloat16 the sum would be off by up to 1.
+    assert (out - want).abs().max() < 0.02
+    assert torch.equal(out[1], residual[1])
+    wanted = torch.autograd.grad(want.sum(), exact)
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32]
+    assert torch.equal(grads[1], torch.ones_like(residual))
+    assert (grads[0].double() - wanted[0]).norm() < 0.03 * wanted[0].norm()
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["convnext", "batch", "plain", "products_batch", "products_convnext"])
 def test_autocast_keeps_the_residual_in_its_dtype(name, backend):
@@ -547,7 +576,7 @@ BAD_ARGUMENTS = [
     ({"drop_path": torch.ones(2, requires_grad=True)}, ValueError, "drop_path requires grad"),
     ({"activation": "swish"}, ValueError, "activation='swish' is unknown; use one of none, relu"),
     ({"residual": torch.randn(2, 3, 16)}, ValueError, r"residual has shape \(2, 3, 16\); it must be that of"),
-    ({"residual": torch.randn(2, 19, 16).double()}, TypeError, "residual is torch.float64"),
+    ({"residual": torch.randn(2, 19, 16).double()}, TypeError, "residual has dtype torch.float64"),
     ({"norm": nn.LayerNorm(16)}, TypeError, "norm is a LayerNorm; it must be a BatchNormState"),
     (
         {"norm": fused_ops.BatchNormState(torch.ones(3), None, None, None, True, 0.1, 1e-5)},

@@ -550,7 +550,7 @@ BAD_ARGUMENTS = [
     ({"activation": "swish"}, ValueError, "activation='swish' is unknown; use one of none, relu"),
     ({"fc2_weight": torch.randn(8, 32)}, ValueError, r"it must be \(8, 16\), from fc1's hidden units"),
     ({"residual": torch.randn(2, 8, 16)}, ValueError, r"residual has shape \(2, 8, 16\); it must be that of"),
-    ({"residual": torch.randn(2, 8, 8).double()}, TypeError, "residual is torch.float64"),
+    ({"residual": torch.randn(2, 8, 8).double()}, TypeError, "residual has dtype torch.float64"),
     ({"norm": nn.LayerNorm(8)}, TypeError, "norm is a LayerNorm; it must be a BatchNormState"),
 ]
 
