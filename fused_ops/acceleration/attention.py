@@ -20,6 +20,7 @@ from fused_ops.acceleration.flow import Flow
 from fused_ops.acceleration.layers import norm_before
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.attention.module import POOLED_SIZE, attention_branch
+from fused_ops.attention.triton_block import fits_sizes
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
 from fused_ops.core.layer_norm import LayerNormState
@@ -115,18 +116,28 @@ class Attentions(Family):
 
     @staticmethod
     def weigh(module: nn.Module, x: Tensor) -> tuple[int, int]:
-        """Bytes of a call; projections, the reduction and what there is one of per query are left out.
+        """Bytes of a call; the reduction, parameters and what there is one of per query are left out.
 
-        Forward, both ways: queries, keys and values are read, the output is written. Backward, stock: the
-        output and its gradient are read for their products, then queries, keys, values and the gradient, and
-        three gradients are written; fused: the output is not read and the gradient once.
+        In separate passes, forward: the norm, both projections and the attention read and write, the addition
+        takes 3. Backward: two gradients of each projection, the attention's own (the output and its gradient
+        for their products, then everything), the norm's. Fused where the whole branch is one operator: its
+        own, beside the norm for keys and values and the sum of both gradients of the tokens; else only the
+        attention saves something.
         """
+        chain = getattr(module, ATTRIBUTE)
         reduction, ratio = _form(module)
         query = x.element_size() * x.shape[0] * x.shape[1] * module.q.out_features
         tokens = POOLED_SIZE**2 if reduction == "pool" else x.shape[1] // ratio**2
         key = query // max(x.shape[1], 1) * tokens
-        forward = 2 * query + 2 * key
+        norm, adds = chain.members()[1] is not None, chain.tail is not None
         trained = x.requires_grad or any(p.requires_grad for p in module.parameters())
-        if not (torch.is_grad_enabled() and trained):
-            return forward, forward
-        return forward + 5 * query + 4 * key, forward + 3 * query + 4 * key
+        training = torch.is_grad_enabled() and trained
+        around = (2 * norm + 4 + 3 * adds + training * (8 + 3 * norm)) * query
+        core = 2 * query + 2 * key + training * (5 * query + 4 * key)
+        whole = module.proj.out_features == x.shape[2] == module.q.out_features
+        if not (whole and fits_sizes(x.shape[2], tokens, training, x.dtype)[0]):
+            return around + core, around + core - training * 2 * query
+        wide, passes = key * module.num_heads, 1 + (module.num_heads > 1)
+        fused = 2 * (query + wide) + training * (passes * 2 * (query + wide) + query + 2 * wide)
+        beside = norm * (2 + training * 6) * query
+        return around + core, fused + beside

@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_ops.attention import reference, triton_block
 from fused_ops.attention.cases import block_cases
 from fused_ops.core import library
-from fused_ops.core.autocast import result_dtype
+from fused_ops.core.autocast import autocast_off, result_dtype
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.checks import (
     any_requires_grad,
@@ -264,7 +264,7 @@ def attention_block(
     compute = result_dtype(x)
     head_dim = key.shape[3]
     scale = head_dim**-0.5 if scale is None else float(scale)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         key, value = key.to(compute), value.to(compute)
         call = AttentionBlockCall(
             x,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype that products with ``x`` have: the autocast's, or its own."""
     return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[None]:
+    """A context without autocast for the device of ``x``; tensors without data have none to turn off."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

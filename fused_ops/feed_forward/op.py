@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_ops.core import library
 from fused_ops.core.activations import FUNCTIONS
-from fused_ops.core.autocast import autocast_dtype
+from fused_ops.core.autocast import autocast_dtype, autocast_off
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import (
@@ -444,7 +444,7 @@ def _run(
     """The result (B, N, C) of a checked call; updates the running statistics of ``norm``."""
     backend = choose(call.operator, backends, call)
     if backend.name == "reference":
-        with torch.autocast(call.x.device.type, enabled=False):
+        with autocast_off(call.x):
             return _reference(call, norm)
     out, _, _, mean, _, unbiased = _DIFFERENTIABLE.run(
         call.needs_grad, *call.tensors(), *call.options(), backend.name

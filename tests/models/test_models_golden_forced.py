@@ -83,13 +83,11 @@ MODELS = {
     **{name: dense_focalnet(name) for name in test_timm_systems.DENSE},
 }
 # Those with depthwise convolutions; what has no CUDA kernel runs on the reference path.
-BY_CUDA = ["focalnet_toy_huge", "pvt_v2_b0"]
+BY_CUDA = ["focalnet_toy_huge"]
 MORE_BY_CUDA = [
     *(
         "focalnet_tiny_lrf",
         "focalnet_tiny_iso",
-        "pvt_v2_b2_li",
-        "pvt_v2_b5",
         "vip_mobile",
         "dsnet_tiny_star",
         "fcvit_tiny",
