@@ -105,7 +105,13 @@ def snapshot(model: torch.nn.Module) -> list[tuple[str, int, type, list[str]]]:
     return [(name, id(m), type(m), sorted(m.__dict__)) for name, m in model.named_modules()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The slowest, whose kinds of layers others have too.
+SLOW = {"fastvit_t8", "focalnet_tiny_srf", "gcresnet33ts", "mixnet_s", "rexnet_100", "tinynet_e"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] * (name in SLOW)) for name in MODELS]
+)
 def test_same_model(name):
     stock = build(name)
     fused = copy.deepcopy(stock)
