@@ -134,10 +134,12 @@ class ConvMlps(Family):
         size = x.element_size() * x.numel()
         hidden = size * module.fc1.out_features // module.fc1.in_features
         adds, passes = chain.tail is not None, 1 + (first != "none")
-        stock = (2 * (norm is not None) + 2 + 3 * adds) * size + (4 + 2 * passes) * hidden
+        # Each product reads or writes its matrix, both ways.
+        matrix = x.element_size() * module.fc1.weight.numel()
+        stock = (2 * (norm is not None) + 2 + 3 * adds) * size + (4 + 2 * passes) * hidden + 2 * matrix
         fused = feed_forward.least_bytes(call, "forward") + adds * size
         if call.needs_grad and torch.is_grad_enabled():
-            stock += (4 + 3 * (norm is not None)) * size + (8 + 3 * passes) * hidden
+            stock += (4 + 3 * (norm is not None)) * size + (8 + 3 * passes) * hidden + 4 * matrix
             fused += feed_forward.least_bytes(call, "backward")
         return stock, fused
 

@@ -271,6 +271,18 @@ def test_declined_mlps():
     assert [row.exchanged for row in rows if row.kind == "depthwise"] == [True]
 
 
+def test_bytes_of_an_mlp_with_a_convolution():
+    """16 channels, 64 hidden units, 48 tokens of two images in float32."""
+    rows = fused_ops.accelerate(block(), dry_run=True, example=(torch.zeros(BLOCK_SHAPE), (6, 8))).results
+    (row,) = (row for row in rows if row.kind == "mlp")
+    tokens, hidden, matrix = 4 * 96 * 16, 4 * 96 * 64, 4 * 16 * 64
+    # Forward: norm 2, layers 2, addition 3; layers 2, convolution 2, activation 2; a matrix each.
+    # Backward: norm 3, layers 4; layers 4, convolution 4, activation 3; each matrix twice.
+    assert row.stock_bytes == (7 + 7) * tokens + (6 + 11) * hidden + 6 * matrix
+    # The activation's pass forward, layer by layer what the operator says it moves.
+    assert row.stock_bytes > row.fused_bytes
+
+
 def test_bytes_of_the_report():
     """54 queries and 6 keys of 12 channels in float32, of two heads; without a norm and an addition."""
     unit = 4 * 2 * 12
