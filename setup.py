@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -78,11 +78,7 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        "fused_ops",
-        "fused_ops.core",
-        "fused_ops.depthwise",
-        "fused_ops.blocks",
-        "fused_ops.blocks.ds_block",
+        *find_packages(include=["fused_ops", "fused_ops.*"]),
         *PACKAGE_DIRS,
     ],
     package_dir={"fused_ops": "fused_ops", **PACKAGE_DIRS},

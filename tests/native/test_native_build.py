@@ -198,6 +198,19 @@ def test_left_out_on_request(checkout, tmp_path):
     assert "fused_ops/_native.so" not in names
 
 
+def test_every_module_is_installed(checkout, tmp_path):
+    """A family that is not packaged would be missed by the installed package only."""
+    result, names, _ = make_wheel(sys.executable, checkout, tmp_path, FUSED_OPS_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    modules = {path.relative_to(checkout) for path in checkout.glob("fused_ops/**/*.py")}
+    for folder in ("models", "train", "bench"):
+        beside = (path.relative_to(checkout) for path in checkout.glob(f"{folder}/*.py"))
+        modules |= {Path("fused_ops") / path for path in beside}
+    assert len(modules) > 100
+    assert {str(path) for path in modules} <= set(names)
+    assert "fused_ops/configs/dispatch.json" in names
+
+
 LOAD = """
 import ctypes, sys, torch
 torch.ops.load_library(sys.argv[1])
