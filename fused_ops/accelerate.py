@@ -152,7 +152,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
     for plan in plans:
         reason = plan.declined or plan.remark
         members = tuple(names[id(m)] for m in plan.members if m is not None) if not plan.declined else ()
-        row = Row(plan.name, plan.pattern, not plan.declined, plan.family.kind, reason, members)
+        row = Row(plan.name, plan.words, not plan.declined, plan.family.kind, reason, members)
         if plan.name in weights:
             stock, fused, declined = weights[plan.name]
             row = replace(row, stock_bytes=stock, fused_bytes=fused)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_ops.acceleration.deferred import Deferred
+from fused_ops.acceleration.deferred import computed_or_deferred
 from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
     HandsThrough,
     active_members,
     is_hooked,
+    obstacle_to_whole,
+    run_stock,
     type_name,
 )
 from fused_ops.acceleration.flow import Flow
@@ -64,15 +66,14 @@ class _Attention(Exchanged):
         suited = not isinstance(x, fx.Proxy) and x.dim() == 3 and x.dtype in FLOAT_TYPES and not named
         form = _form(self) if suited else None
         if form is None:
-            return super().forward(x if norm is None else norm._stock.forward(norm, x), *size, **named)
+            return super().forward(run_stock((norm,), x), *size, **named)
 
         def compute(**options: Tensor) -> Tensor:
             state = None if norm is None else LayerNormState.from_module(norm)
             return attention_branch(self, x, size[0] if size else None, *form, norm=state, **options)
 
-        if not getattr(self, ATTRIBUTE).awaits_addition():
-            return compute()
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype), ("drop_path",), 2)
+        dtypes = (result_dtype(x), x.dtype)
+        return computed_or_deferred(getattr(self, ATTRIBUTE), compute, x, dtypes, ("drop_path",), 2)
 
 
 class Attentions(Family):
@@ -96,10 +97,8 @@ class Attentions(Family):
             if chain is not None:
                 plan.norm = chain.members()[1]
                 plan.mark_exchanged(chain)
-            elif "forward" in module.__dict__:
-                plan.declined = "has a forward of its own"
-            elif is_hooked(module):
-                plan.declined = "has hooks"
+            elif obstacle := obstacle_to_whole(module):
+                plan.declined = obstacle
             elif form is None:
                 plan.declined = "its reduction has hooks or parts of another kind"
             else:
@@ -110,7 +109,6 @@ class Attentions(Family):
             claimed.update(id(member) for member in plan.members if member is not None)
             norm = "" if plan.norm is None else "LayerNorm -> "
             plan.pattern = f"{norm}attention of {module.num_heads} heads{reduction}"
-            plan.pattern += " -> + residual" * plan.adds
             plans.append(plan)
         return plans
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_ops.acceleration.deferred import SCALES, Deferred
+from fused_ops.acceleration.deferred import SCALES, computed_or_deferred
 from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
     HandsThrough,
     active_members,
     is_hooked,
+    obstacle_to_whole,
+    run_stock,
     type_name,
 )
 from fused_ops.acceleration.flow import Flow
@@ -50,7 +52,7 @@ class _ConvMlp(Exchanged):
         # Tracers see the stock module.
         suited = not isinstance(x, fx.Proxy) and x.dim() == 3 and x.dtype in FLOAT_TYPES and len(size) == 1
         if activations is None or dropped or is_hooked(self.drop) or not suited:
-            return super().forward(x if norm is None else norm._stock.forward(norm, x), *size, **named)
+            return super().forward(run_stock((norm,), x), *size, **named)
 
         def compute(**options: Tensor) -> Tensor:
             return conv_mlp_on_modules(
@@ -65,9 +67,8 @@ class _ConvMlp(Exchanged):
                 **options,
             )
 
-        if not getattr(self, ATTRIBUTE).awaits_addition():
-            return compute()
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype, torch.float32), SCALES, 2)
+        dtypes = (result_dtype(x), x.dtype, torch.float32)
+        return computed_or_deferred(getattr(self, ATTRIBUTE), compute, x, dtypes, SCALES, 2)
 
 
 class ConvMlps(Family):
@@ -103,7 +104,6 @@ class ConvMlps(Family):
             widths = f"{module.fc1.in_features}-{module.fc1.out_features}-{module.fc2.out_features}"
             norm = "" if plan.norm is None else "LayerNorm -> "
             plan.pattern = f"{norm}MLP {widths} depthwise {activations[1] if activations else ''}".rstrip()
-            plan.pattern += " -> + residual" * plan.adds
             plans.append(plan)
         return plans
 
@@ -146,10 +146,9 @@ class ConvMlps(Family):
 
 def _obstacle(module: nn.Module, activations: tuple[str, str] | None) -> str:
     """Why the operator cannot stand for a module; empty if it can."""
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    if is_hooked(module):
-        return "has hooks"
+    obstacle = obstacle_to_whole(module)
+    if obstacle:
+        return obstacle
     if activations is None:
         return "a part of it has hooks or is of another kind"
     if module.fc1.in_features != module.fc2.out_features:

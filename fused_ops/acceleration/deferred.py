@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.acceleration.exchange import Chain
+
 # Factors that an operator may take.
 SCALES = ("layer_scale", "drop_path")
 _ADDITIONS = {"add", "__add__", "__radd__"}
@@ -31,8 +33,7 @@ class Deferred:
 
     Args:
         compute: takes ``residual``, a tensor like its result, and what ``factors`` names, by name.
-        x: the operator's input.
-        shape: of the result.
+        x: the operator's input; its shape is the result's.
         dtypes: of the result, and what a residual may have, which the result with it has.
         factors: any of ``layer_scale`` (C) and ``drop_path`` (B).
         channel_dim: of the result.
@@ -42,23 +43,21 @@ class Deferred:
         self,
         compute: Callable[..., Tensor],
         x: Tensor,
-        shape: Sequence[int],
         dtypes: Sequence[torch.dtype],
         factors: tuple[str, ...] = (),
         channel_dim: int = -1,
     ) -> None:
         self._compute = compute
         self._x = x
-        self._shape = shape
         self._dtypes = dtypes
         self._takes_factors = factors
         self._channel_dim = channel_dim
-        self._dims = tuple(range(len(shape)))
+        self._dims = tuple(range(x.dim()))
         self._factors: dict[str, Tensor] = {}
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([self._shape[dim] for dim in self._dims])
+        return torch.Size([self._x.shape[dim] for dim in self._dims])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,21 +147,28 @@ class Deferred:
             return None
         sizes = (1,) * (self.ndim - factor.dim()) + tuple(factor.shape)
         varies = [dim for dim, size in zip(self._dims, sizes, strict=True) if size != 1]
-        if any(factor.numel() != self._shape[dim] for dim in varies):
+        if any(factor.numel() != self._x.shape[dim] for dim in varies):
             return None
         if factor.dtype not in (self._x.dtype, self._dtypes[0], torch.float32):
             return None
         free = [name for name in self._takes_factors if name not in self._factors]
         if varies == [self._channel_dim] and "layer_scale" in free:
             return self._with({"layer_scale": factor.flatten()})
-        per_image = varies == [0] or (not varies and self._shape[0] == 1)
+        per_image = varies == [0] or (not varies and self._x.shape[0] == 1)
         if per_image and not factor.requires_grad and "drop_path" in free:
             return self._with({"drop_path": factor.flatten()})
         return None
 
     def _with(self, factors: dict[str, Tensor], dims: tuple[int, ...] | None = None) -> Deferred:
-        given = (self._shape, self._dtypes, self._takes_factors, self._channel_dim)
+        given = (self._dtypes, self._takes_factors, self._channel_dim)
         noted = Deferred(self._compute, self._x, *given)
         noted._dims = self._dims if dims is None else dims
         noted._factors = {**self._factors, **factors}
         return noted
+
+
+def computed_or_deferred(
+    chain: Chain, compute: Callable[..., Tensor], x: Tensor, dtypes: Sequence[torch.dtype], *factors: Any
+) -> Tensor | Deferred:
+    """``compute()``, or what waits for an addition where one certainly follows; arguments of Deferred."""
+    return Deferred(compute, x, dtypes, *factors) if chain.awaits_addition() else compute()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fused_ops.acceleration.deferred import Deferred
+from fused_ops.acceleration.deferred import computed_or_deferred
 from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
@@ -51,10 +51,8 @@ class _Convolution(Exchanged):
                 residual=residual,
             )
 
-        if not chain.awaits_addition():
-            return compute()
         dtype = result_dtype(x)
-        return Deferred(compute, x, x.shape, (dtype, dtype))
+        return computed_or_deferred(chain, compute, x, (dtype, dtype))
 
 
 class _NormAct(Exchanged):
@@ -99,8 +97,6 @@ def _describe(plan: Plan) -> str:
         parts.append(stock_type(plan.norm).__name__.removesuffix("Act2d").removesuffix("2d"))
     if plan.operation != "none":
         parts.append(plan.operation)
-    if plan.adds:
-        parts.append("+ residual")
     return " -> ".join(parts)
 
 

@@ -83,8 +83,11 @@ class Chain:
             found.append(module)
         return found
 
-    def members(self) -> tuple[nn.Module | None, ...] | None:
-        """The modules of ``paths``; None unless every one is in its place and belongs here."""
+    def members(self, unwatched: bool = False) -> tuple[nn.Module | None, ...] | None:
+        """The modules of ``paths``; None unless every one is in its place and belongs here.
+
+        With ``unwatched`` also None where somebody hooked into one, or into a module around some of them.
+        """
         if self.ancestor is None:
             return None
         found: list[nn.Module | None] = []
@@ -95,13 +98,10 @@ class Chain:
             modules = self._along(path)
             if not modules or getattr(modules[-1], ATTRIBUTE, None) is not self:
                 return None
+            if unwatched and any(is_hooked(module) for module in modules):
+                return None
             found.append(modules[-1])
         return tuple(found)
-
-    def is_watched(self) -> bool:
-        """Whether somebody hooked into one of the members, or into a module around some of them."""
-        paths = [path for path in self.paths if path is not None]
-        return any(is_hooked(module) for path in paths for module in self._along(path))
 
     def awaits_addition(self) -> bool:
         """Whether the result may be a :class:`~fused_ops.acceleration.deferred.Deferred`."""
@@ -123,12 +123,10 @@ def active_members(caller: nn.Module, role: int) -> tuple[nn.Module | None, ...]
     of them changes.
     """
     chain = getattr(caller, ATTRIBUTE, None)
-    members = None if chain is None else chain.members()
+    members = None if chain is None else chain.members(unwatched=True)
     if members is None or members[role] is not caller:
         return None
     if torch.nn.modules.module._global_forward_hooks:
-        return None
-    if chain.is_watched():
         return None
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0.0 for module in members):
         return None
@@ -172,6 +170,13 @@ def exchanged_class(stock: type[nn.Module], mixin: type[Exchanged], role: int) -
     names = {"__module__": stock.__module__, "__doc__": stock.__doc__}
     body = {"_stock": stock, "_mixin": mixin, "_role": role, **names}
     return type(f"Accelerated{stock.__name__}", (mixin, stock), body)
+
+
+def obstacle_to_whole(module: nn.Module) -> str:
+    """Why a module that is exchanged as a whole cannot be, whatever is inside; empty if it can."""
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    return "has hooks" if is_hooked(module) else ""
 
 
 def run_stock(modules: Sequence[nn.Module | None], x: Tensor) -> Tensor:

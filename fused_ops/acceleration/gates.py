@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_ops.acceleration.deferred import Deferred
-from fused_ops.acceleration.exchange import ATTRIBUTE, Exchanged, active_members, is_hooked, type_name
+from fused_ops.acceleration.deferred import computed_or_deferred
+from fused_ops.acceleration.exchange import (
+    ATTRIBUTE,
+    Exchanged,
+    active_members,
+    is_hooked,
+    obstacle_to_whole,
+    type_name,
+)
 from fused_ops.acceleration.flow import Flow
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.checks import FLOAT_TYPES
@@ -171,9 +178,7 @@ class _Gate(Exchanged):
         def compute(residual: Tensor | None = None) -> Tensor:
             return gate_scale(x, **form.arguments(self, x, gate), gate=gate, residual=residual)
 
-        if not getattr(self, ATTRIBUTE).awaits_addition():
-            return compute()
-        return Deferred(compute, x, x.shape, (x.dtype, x.dtype))
+        return computed_or_deferred(getattr(self, ATTRIBUTE), compute, x, (x.dtype, x.dtype))
 
 
 class Gates(Family):
@@ -198,10 +203,8 @@ class Gates(Family):
             chain = module.__dict__.get(ATTRIBUTE)
             if chain is not None:
                 plan.mark_exchanged(chain)
-            elif "forward" in module.__dict__:
-                plan.declined = "has a forward of its own"
-            elif is_hooked(module):
-                plan.declined = "has hooks"
+            elif obstacle := obstacle_to_whole(module):
+                plan.declined = obstacle
             elif gate is None:
                 others = [
                     part for path in form.gates if type_name(part := module.get_submodule(path)) not in _GATES
@@ -213,7 +216,7 @@ class Gates(Family):
                 tail = flow.tail(module)
                 if tail is not None and all(type(scale) is nn.Identity for scale in tail.modules):
                     plan.tail = tail
-            plan.pattern = f"{form.words} -> {gate or 'other gate'}{' -> + residual' * plan.adds}"
+            plan.pattern = f"{form.words} -> {gate or 'other gate'}"
             plans.append(plan)
         return plans
 

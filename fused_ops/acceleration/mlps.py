@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fused_ops.acceleration.deferred import SCALES, Deferred
+from fused_ops.acceleration.deferred import SCALES, computed_or_deferred
 from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
@@ -41,10 +41,9 @@ class _FirstLayer(Exchanged):
         def compute(**options: Tensor) -> Tensor:
             return mlp_on_modules(x, norm, self, fc2, activation=chain.activation, **options)
 
-        if not chain.awaits_addition():
-            return compute()
+        dtypes = (result_dtype(x), x.dtype, torch.float32)
         channel_dim = 1 if isinstance(self, nn.Conv2d) else x.dim() - 1
-        return Deferred(compute, x, x.shape, (result_dtype(x), x.dtype, torch.float32), SCALES, channel_dim)
+        return computed_or_deferred(chain, compute, x, dtypes, SCALES, channel_dim)
 
 
 class Mlps(Family):
@@ -82,7 +81,6 @@ class Mlps(Family):
             widths = (_width_in(fc1), _width_out(fc1), _width_in(fc1))
             norm = "" if plan.norm is None else f"{stock_type(plan.norm).__name__.removesuffix('2d')} -> "
             plan.pattern = f"{norm}MLP {'-'.join(map(str, widths))} {plan.operation}"
-            plan.pattern += " -> + residual" * plan.adds
             plans.append(plan)
         return plans
 

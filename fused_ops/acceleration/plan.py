@@ -48,6 +48,11 @@ class Plan:
         chain = self.module.__dict__.get(ATTRIBUTE)
         return self.tail is not None or (chain is not None and chain.tail is not None)
 
+    @property
+    def words(self) -> str:
+        """What stands there, for the report."""
+        return self.pattern + " -> + residual" * self.adds
+
     def mark_exchanged(self, chain: Chain) -> None:
         self.operation, self.already, self.remark = chain.activation, True, "exchanged before"
 

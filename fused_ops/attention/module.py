@@ -20,19 +20,6 @@ REDUCTIONS = ("conv", "pool", "token_pool")
 POOLED_SIZE = 7
 
 
-def reduced_attention(
-    module: nn.Module, x: Tensor, size: Sequence[int] | None, reduction: str, ratio: int
-) -> Tensor:
-    """:class:`SpatialReductionAttention` with the submodules of another module, which have the same names.
-
-    Args:
-        module: has ``num_heads`` and the layers that the class says for ``reduction``, dropouts included.
-        x, size: as of the class.
-        reduction, ratio: ``conv``, ``pool`` or ``token_pool``, and R.
-    """
-    return _attend(module, x, *_keys_and_values(module, x, size, reduction, ratio))
-
-
 def residual_attention(
     x: Tensor,
     norm: nn.LayerNorm,
@@ -65,18 +52,19 @@ def attention_branch(
     Keys and values come from ``norm(x)``, which is computed for them by itself.
 
     Args:
-        module, size, reduction, ratio: as of :func:`reduced_attention`.
+        module: has ``num_heads`` and the layers that :class:`SpatialReductionAttention` says for
+            ``reduction``, dropouts included, under the same names.
         x: tokens (B, N, C).
+        size: (H, W), for what asks for it.
+        reduction, ratio: ``conv``, ``pool`` or ``token_pool``, and R.
         norm: of a LayerNorm over channels, or None.
         residual: like the result, or None.
         drop_path: factor per image (B), or None.
     """
     z = x if norm is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     key, value = _keys_and_values(module, z, size, reduction, ratio)
-    plain = type(module.q) is nn.Linear and type(module.proj) is nn.Linear
-    plain = (
-        plain and module.proj.out_features == x.shape[-1] and (residual is None or residual.dtype == x.dtype)
-    )
+    plain = type(module.q) is type(module.proj) is nn.Linear and module.proj.out_features == x.shape[-1]
+    plain = plain and (residual is None or residual.dtype == x.dtype)
     fits, _ = fits_sizes(x.shape[-1], key.shape[1], torch.is_grad_enabled(), key.dtype)
     if fits and plain and not _drops(module):
         return attention_block(
@@ -216,7 +204,7 @@ class SpatialReductionAttention(nn.Module):
             self.norm = nn.BatchNorm1d(dim, eps=norm_eps, **factory)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        return reduced_attention(self, x, size, self.reduction, self.reduction_ratio)
+        return _attend(self, x, *_keys_and_values(self, x, size, self.reduction, self.reduction_ratio))
 
     def extra_repr(self) -> str:
         return (
