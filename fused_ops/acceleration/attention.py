@@ -21,6 +21,7 @@ from fused_ops.acceleration.exchange import (
 from fused_ops.acceleration.flow import Flow
 from fused_ops.acceleration.layers import norm_before
 from fused_ops.acceleration.plan import Family, Plan
+from fused_ops.attention.block import AttentionBlockCall, least_bytes
 from fused_ops.attention.module import POOLED_SIZE, attention_branch
 from fused_ops.attention.triton_block import fits_sizes
 from fused_ops.core.autocast import result_dtype
@@ -135,7 +136,9 @@ class Attentions(Family):
         whole = module.proj.out_features == x.shape[2] == module.q.out_features
         if not (whole and fits_sizes(x.shape[2], tokens, training, x.dtype)[0]):
             return around + core, around + core - training * 2 * query
-        wide, passes = key * module.num_heads, 1 + (module.num_heads > 1)
-        fused = 2 * (query + wide) + training * (passes * 2 * (query + wide) + query + 2 * wide)
+        wide = torch.empty((x.shape[0], module.num_heads, tokens, x.shape[2]), dtype=x.dtype, device="meta")
+        call = AttentionBlockCall(x, wide, wide, *[None] * 6, 1.0, norm, 0.0, adds, training)
+        directions = ("forward", "backward")[: 1 + training]
+        fused = sum(least_bytes(call, direction) for direction in directions)
         beside = norm * (2 + training * 6) * query
         return around + core, fused + beside

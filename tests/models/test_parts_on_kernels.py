@@ -9,12 +9,10 @@ import copy
 
 import pytest
 import torch
+from support.contract import DEVICES, require
 from support.forced import kernels_of
 
-from fused_ops.core import environment
 from fused_ops.models import create_model
-
-pytestmark = pytest.mark.skipif(not environment.interpreting(), reason="TRITON_INTERPRET=1 is not set")
 
 # Model, arguments that make it small, the part, its input, and the operators that it calls.
 PARTS = {
@@ -44,22 +42,24 @@ PARTS = {
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("part", PARTS)
-def test_part(part, memory_format):
+@pytest.mark.parametrize("device", DEVICES)
+def test_part(part, memory_format, device):
+    require("triton", device)
     name, arguments, path, shape, operators = PARTS[part]
     torch.manual_seed(0)
     exact = create_model(name, num_classes=3, **arguments).get_submodule(path).double().eval()
-    single = copy.deepcopy(exact).float()
+    single = copy.deepcopy(exact).to(device, torch.float32)
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
-    y = x.detach().float().requires_grad_()
+    y = x.detach().to(device, torch.float32).requires_grad_()
     expected = exact(x)
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     with kernels_of("triton") as choices:
         found = single(y)
-        (found * weight.float()).sum().backward()
+        (found * weight.to(device, torch.float32)).sum().backward()
     assert {choice.operator for choice in choices if choice.backend == "triton"} == operators
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(y.grad.double(), x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.grad.cpu().double(), x.grad, rtol=1e-4, atol=1e-5)
     for (key, want), got in zip(exact.named_parameters(), single.parameters(), strict=True):
         scale = float(want.grad.norm()) + 1e-6
-        assert float((got.grad.double() - want.grad).norm()) <= 1e-5 * scale, key
+        assert float((got.grad.cpu().double() - want.grad).norm()) <= 1e-5 * scale, key
