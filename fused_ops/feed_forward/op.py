@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_ops.core import library
 from fused_ops.core.activations import FUNCTIONS
-from fused_ops.core.autocast import autocast_dtype, autocast_off
+from fused_ops.core.autocast import autocast_off, result_dtype
 from fused_ops.core.backends import Backend, choose, reference_can_run
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import (
@@ -332,7 +332,7 @@ def mlp_block(
         layer_scale,
         drop_path,
         residual,
-        _products_dtype(x),
+        result_dtype(x),
     )
     return _run(call, norm, BACKENDS).view(x.shape)
 
@@ -423,7 +423,7 @@ def conv_mlp_block(
         layer_scale,
         drop_path,
         residual,
-        _products_dtype(x),
+        result_dtype(x),
         conv_weight,
         conv_bias,
         conv_activation,
@@ -432,10 +432,6 @@ def conv_mlp_block(
     )
     out = _run(call, norm, CONV_BACKENDS)
     return out.view(tokens.shape).permute(0, 3, 1, 2) if is_map else out
-
-
-def _products_dtype(x: Tensor) -> torch.dtype | None:
-    return None if x.dtype == torch.float64 else autocast_dtype(x)
 
 
 def _run(
