@@ -106,11 +106,13 @@ def entry(name: str) -> dict[str, Any]:
     }
 
 
-def _counts(row: dict[str, Any]) -> list[str]:
-    return [f"{row['exchanged'][kind]} of {row[kind]}" if row[kind] else "-" for kind in KINDS]
+def _counts(row: dict[str, Any], kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
+    return [f"{row['exchanged'][kind]} of {row[kind]}" if row[kind] else "-" for kind in kinds]
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:
+    # Not those that no model has.
+    kinds = [kind for kind in KINDS if any(row[kind] for row in entries)]
     lines = [
         "# What accelerate() exchanges",
         "",
@@ -119,8 +121,8 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         f"shapes: what the exchanged layers move per training step of {BATCH} images at the model's own size",
         "in bfloat16, as separate passes and as fused operators. Nothing here was timed.",
         "",
-        f"| model | {' | '.join(KINDS.values())} | stock MB | fused MB | what is left out and why |",
-        f"|---|{'--:|' * (len(KINDS) + 2)}---|",
+        f"| model | {' | '.join(map(KINDS.get, kinds))} | stock MB | fused MB | what is left out and why |",
+        f"|---|{'--:|' * (len(kinds) + 2)}---|",
     ]
     for row in entries:
         reasons: Counter[str] = Counter()
@@ -133,7 +135,9 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         why = "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))
         if row["note"]:
             why += "; " * bool(why) + "bytes unknown: the model runs on data only"
-        lines.append(f"| {row['model']} | {' | '.join(_counts(row))} | {' | '.join(megabytes)} | {why} |")
+        lines.append(
+            f"| {row['model']} | {' | '.join(_counts(row, kinds))} | {' | '.join(megabytes)} | {why} |"
+        )
     return "\n".join(lines) + "\n"
 
 

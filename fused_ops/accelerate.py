@@ -26,13 +26,14 @@ from fused_ops.acceleration.depthwise import Depthwise
 from fused_ops.acceleration.exchange import Exchanged, is_linked, take_out
 from fused_ops.acceleration.flow import data_flow
 from fused_ops.acceleration.gates import Gates
+from fused_ops.acceleration.hr_chains import HRChains
 from fused_ops.acceleration.mlps import Mlps
 from fused_ops.acceleration.plan import Plan
 from fused_ops.acceleration.report import Report, Row
 from fused_ops.core.explain import explain
 
 # In the order in which they claim modules.
-_FAMILIES = (ConvMlps, Depthwise, Attentions, Gates, Mlps)
+_FAMILIES = (HRChains, ConvMlps, Depthwise, Attentions, Gates, Mlps)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -109,9 +110,10 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
     MLPs of narrow tokens or maps (two layers, Linear or 1x1 convolutions, and the activation between them)
     are exchanged together with the LayerNorm or BatchNorm that certainly comes before them. Gates of timm and
     torchvision (squeeze-and-excitation, ECA, CBAM, global context) pool and scale by operators, and
-    spatial-reduction attention of PVTv2, Twins and Next-ViT attends by one. Where the result of a depthwise
-    chain, an MLP or a gate is certainly added to something, by way of layer scale and drop path, the addition
-    joins the operator.
+    spatial-reduction attention of PVTv2, Twins and Next-ViT attends by one. A module that computes HIRI-ViT's
+    HR-block and nothing else does so by one, whatever it and its parts are called. Where the result of a
+    depthwise chain, an MLP or a gate is certainly added to something, by way of layer scale and drop path,
+    the addition joins the operator.
     Parameters, buffers, names and module objects stay as they are. A chain with a hook on one of its modules
     runs as stock modules for as long as the hook is there.
 
@@ -126,7 +128,7 @@ def accelerate(model: nn.Module, *, dry_run: bool = False, example: Any = None) 
             was measured faster, or no kernel can run it) is not exchanged. Nothing is computed.
 
     Returns:
-        A row per depthwise convolution, attention, MLP and gate: exchanged or not, and why.
+        A row per depthwise convolution, attention, MLP, gate and HR chain: exchanged or not, and why.
     """
     model = _unwrapped(model)
     for module in list(model.modules()):

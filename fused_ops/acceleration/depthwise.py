@@ -16,7 +16,7 @@ from fused_ops.acceleration.exchange import (
     run_stock,
     stock_type,
 )
-from fused_ops.acceleration.flow import Flow, Tail, inside_fused
+from fused_ops.acceleration.flow import Flow, Tail, count_owners, inside_fused
 from fused_ops.acceleration.layers import activation_of, frozen_state, holds_activation, is_norm
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
@@ -197,11 +197,7 @@ class Depthwise(Family):
 
     @staticmethod
     def plans(model: nn.Module, flow: Flow, claimed: set[int]) -> list[Plan]:
-        owners: dict[int, int] = {}
-        for module in model.modules():
-            for child in module._modules.values():
-                if child is not None:
-                    owners[id(child)] = owners.get(id(child), 0) + 1
+        owners = count_owners(model)
         fused = inside_fused(model)
         plans = []
         for name, conv in model.named_modules():

@@ -51,6 +51,7 @@ class Chain:
         frozen: the norm has buffers where others have parameters, and never uses the batch's statistics.
         tail: paths and types of the modules that only scale the chain's result until something is added to
             it; None where nothing certainly is.
+        options: what else the data flow says that the operator has to do, by name.
     """
 
     def __init__(
@@ -60,17 +61,20 @@ class Chain:
         activation: str,
         frozen: bool,
         tail: tuple[tuple[Path, type[nn.Module]], ...] | None,
+        options: dict[str, bool],
     ) -> None:
         self.ancestor = ancestor
         self.paths = paths
         self.activation = activation
         self.frozen = frozen
         self.tail = tail
+        self.options = options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         # Whoever copies the ancestor has it in the memo by now. Whoever copies a part of the chain gets
         # modules that do what each says of itself, rather than a convolution that also normalises.
-        return Chain(memo.get(id(self.ancestor)), self.paths, self.activation, self.frozen, self.tail)
+        given = (self.paths, self.activation, self.frozen, self.tail, self.options)
+        return Chain(memo.get(id(self.ancestor)), *given)
 
     def _along(self, path: Path) -> list[nn.Module]:
         """The modules from below the ancestor to the end of ``path``; none if the end is not there."""

@@ -9,9 +9,10 @@ import operator
 import random
 import textwrap
 import types
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,12 @@ def inside_fused(model: nn.Module) -> set[int]:
     """Ids of the modules inside of fused ones of this package."""
     ours = (module for module in model.modules() if is_fused(module))
     return {id(inner) for module in ours for inner in module.modules() if inner is not module}
+
+
+def count_owners(model: nn.Module) -> Counter[int]:
+    """In how many places of ``model`` each module stands, by its id."""
+    places = (child for module in model.modules() for child in module._modules.values())
+    return Counter(id(child) for child in places if child is not None)
 
 
 class _Skeleton:
@@ -230,15 +237,15 @@ def _count_arguments(module: nn.Module) -> int:
 _METADATA = ("shape", "dtype", "device", "ndim", "size", "dim")
 
 
-def _reads_metadata(node: fx.Node) -> bool:
+def reads_metadata(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _METADATA
     return node.op == "call_method" and node.target in _METADATA
 
 
-_SUMS = (operator.add, torch.add, "add")
+SUMS = (operator.add, torch.add, "add")
 # In place, into the tensor on the left.
-_SUMS_INTO = (operator.iadd, "add_")
+SUMS_INTO = (operator.iadd, "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 
@@ -250,7 +257,7 @@ def _is_sum_with_another(node: fx.Node, one: fx.Node) -> bool:
     operands = _operands(node)
     if len(node.args) != 2 or len(set(operands)) != 2:
         return False
-    return node.target in _SUMS or (node.target in _SUMS_INTO and operands[0] is one)
+    return node.target in SUMS or (node.target in SUMS_INTO and operands[0] is one)
 
 
 def _is_product_or_permutation(node: fx.Node) -> bool:
@@ -271,6 +278,17 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(state)
 
 
+def _original(driver: nn.Module, skeleton: _Skeleton, node: fx.Node) -> nn.Module | None:
+    """The module that ``node`` calls, of the model that ``skeleton`` is a copy of."""
+    return skeleton.original_of[id(driver.get_submodule(node.target))] if node.op == "call_module" else None
+
+
+def _kept_nodes(root: nn.Module) -> set[int]:
+    """Ids of the nodes whose values a trace of ``root`` left in attributes of its modules."""
+    values = (value for module in root.modules() for value in tree_leaves(list(module.__dict__.values())))
+    return {id(value.node) for value in values if isinstance(value, fx.Proxy)}
+
+
 def _trace(root: nn.Module, skeleton: _Skeleton, flow: Flow) -> list[nn.Module]:
     """Add the calls inside ``root`` (of the skeleton) to ``flow``; the modules that did not trace."""
     tracer = _Tracer(flow.whole)
@@ -282,20 +300,11 @@ def _trace(root: nn.Module, skeleton: _Skeleton, flow: Flow) -> list[nn.Module]:
     except Exception:
         return [root]
 
-    def module_of(node: fx.Node) -> nn.Module | None:
-        if node.op != "call_module":
-            return None
-        return skeleton.original_of[id(driver.get_submodule(node.target))]
-
-    kept = {
-        id(value.node)
-        for module in root.modules()
-        for value in tree_leaves(list(module.__dict__.values()))
-        if isinstance(value, fx.Proxy)
-    }
+    module_of = partial(_original, driver, skeleton)
+    kept = _kept_nodes(root)
 
     def any_user(node: fx.Node) -> fx.Node | None:
-        users = [user for user in node.users if not _reads_metadata(user)]
+        users = [user for user in node.users if not reads_metadata(user)]
         return users[0] if len(users) == 1 and id(node) not in kept else None
 
     def only_user(node: fx.Node) -> fx.Node | None:
@@ -332,6 +341,88 @@ def _trace(root: nn.Module, skeleton: _Skeleton, flow: Flow) -> list[nn.Module]:
         call = _Call(producer, consumer, *scaled(node))
         flow.calls.setdefault(id(module), []).append(call)
     return tracer.opaque
+
+
+# Of a forward to itself, before it is given up; twice as many graphs for each.
+_MOST_QUESTIONS = 4
+
+
+class _Caller(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Any) -> Any:
+        return self.module(x)
+
+
+class _Proxy(fx.Proxy):
+    """Tells ``x += y`` from ``x + y``, which other proxies do not."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _BranchTracer(_Tracer):
+    """Answers a forward's own questions (``if x.shape[2] % 2``) by ``answers``, further ones with yes."""
+
+    def __init__(self, whole: Set[str], answers: tuple[bool, ...]) -> None:
+        super().__init__(whole)
+        self.answers = answers
+        self.asked = 0
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.asked == len(self.answers):
+            self.answers += (True,)
+        self.asked += 1
+        if self.asked > _MOST_QUESTIONS:
+            raise fx.proxy.TraceError("too many questions, or a loop")
+        return self.answers[self.asked - 1]
+
+
+def _attributes(root: nn.Module) -> list[tuple[int, str, int, int]]:
+    """What a forward would change by setting attributes of modules, or adding to containers in them."""
+    return [
+        (id(module), name, id(value), len(value) if isinstance(value, list | dict | set) else 0)
+        for module in root.modules()
+        for name, value in module.__dict__.items()
+    ]
+
+
+def graphs_of(
+    root: nn.Module, whole: Set[str]
+) -> list[tuple[fx.Graph, Callable[[fx.Node], nn.Module | None]]]:
+    """Everything that the forward of ``root`` may do with one argument: a graph per mode and branch.
+
+    A graph's output is what the forward returns, as it returns it.
+
+    Returns:
+        Graphs, each with a function that gives a node's module in ``root``. None at all where the forward
+        does not trace, in one mode or branch, or changes an attribute, whatever for.
+    """
+    found = []
+    for training in (True, False):
+        open_answers: list[tuple[bool, ...]] = [()]
+        while open_answers:
+            given = open_answers.pop()
+            skeleton = _Skeleton(root, training)
+            tracer = _BranchTracer(whole, given)
+            driver = _Caller(skeleton.copy_of[id(root)])
+            before = _attributes(driver)
+            try:
+                with _undisturbed():
+                    graph = tracer.trace(driver)
+            except Exception:
+                return []
+            if tracer.opaque or _attributes(driver) != before:
+                return []
+            found.append((graph, partial(_original, driver, skeleton)))
+            questions = range(len(given), len(tracer.answers))
+            open_answers += [(*tracer.answers[:number], False) for number in questions]
+    return found
 
 
 def _handling(module: nn.Module) -> tuple[set[str], set[str]] | None:

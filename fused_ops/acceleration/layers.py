@@ -73,6 +73,24 @@ def holds_activation(norm: nn.Module) -> bool:
     return type_name(norm).startswith(_TIMM_NORM_ACT)
 
 
+def is_fully_connected(module: nn.Module | None) -> bool:
+    """Whether a module is fully connected over channels: of tokens, or of maps."""
+    if module is None:
+        return False
+    if stock_type(module) is nn.Linear:
+        return True
+    plain = stock_type(module) is nn.Conv2d and module.groups == 1 and module.padding in ((0, 0), "valid")
+    return plain and set(module.kernel_size) == {1} and set(module.stride) == {1}
+
+
+def width_in(layer: nn.Module) -> int:
+    return layer.weight.shape[1]
+
+
+def width_out(layer: nn.Module) -> int:
+    return layer.weight.shape[0]
+
+
 def norm_before(
     module: nn.Module, channels: int, is_map: bool, flow: Flow, claimed: set[int]
 ) -> tuple[nn.Module | None, str]:

@@ -16,7 +16,14 @@ from fused_ops.acceleration.exchange import (
     stock_type,
 )
 from fused_ops.acceleration.flow import Flow, inside_fused
-from fused_ops.acceleration.layers import activation_of, frozen_state, norm_before
+from fused_ops.acceleration.layers import (
+    activation_of,
+    frozen_state,
+    is_fully_connected,
+    norm_before,
+    width_in,
+    width_out,
+)
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
@@ -60,7 +67,7 @@ class Mlps(Family):
         fused = inside_fused(model)
         plans = []
         for name, fc1 in model.named_modules():
-            if not _is_layer(fc1) or id(fc1) in claimed or id(fc1) in fused:
+            if not is_fully_connected(fc1) or id(fc1) in claimed or id(fc1) in fused:
                 continue
             plan = Plan(Mlps, name, fc1)
             chain = fc1.__dict__.get(ATTRIBUTE)
@@ -74,11 +81,11 @@ class Mlps(Family):
                 plan.declined = _mlp_obstacle(plan)
                 if not plan.declined:
                     plan.norm, plan.remark = norm_before(
-                        fc1, _width_in(fc1), isinstance(fc1, nn.Conv2d), flow, claimed
+                        fc1, width_in(fc1), isinstance(fc1, nn.Conv2d), flow, claimed
                     )
                     plan.tail = flow.tail(plan.others[0])
             claimed.update(id(module) for module in plan.members if module is not None)
-            widths = (_width_in(fc1), _width_out(fc1), _width_in(fc1))
+            widths = (width_in(fc1), width_out(fc1), width_in(fc1))
             norm = "" if plan.norm is None else f"{stock_type(plan.norm).__name__.removesuffix('2d')} -> "
             plan.pattern = f"{norm}MLP {'-'.join(map(str, widths))} {plan.operation}"
             plans.append(plan)
@@ -101,7 +108,7 @@ class Mlps(Family):
             tokens, module.weight.flatten(1), fc2.weight.flatten(1), state, module.bias, fc2.bias
         )
         size = x.element_size() * x.numel()
-        hidden = size * _width_out(module) // _width_in(module)
+        hidden = size * width_out(module) // width_in(module)
         # The addition in a pass of its own; fused it costs a read.
         adds = getattr(module, ATTRIBUTE).tail is not None
         stock = 2 * size + 4 * hidden + (norm is not None) * 2 * size + adds * 3 * size
@@ -110,24 +117,6 @@ class Mlps(Family):
             stock += 4 * size + 7 * hidden + (norm is not None) * 3 * size
             fused += feed_forward.least_bytes(call, "backward")
         return stock, fused
-
-
-def _is_layer(module: nn.Module | None) -> bool:
-    """Whether a module is fully connected over channels: of tokens, or of maps."""
-    if module is None:
-        return False
-    if stock_type(module) is nn.Linear:
-        return True
-    plain = stock_type(module) is nn.Conv2d and module.groups == 1 and module.padding in ((0, 0), "valid")
-    return plain and set(module.kernel_size) == {1} and set(module.stride) == {1}
-
-
-def _width_in(layer: nn.Module) -> int:
-    return layer.weight.shape[1]
-
-
-def _width_out(layer: nn.Module) -> int:
-    return layer.weight.shape[0]
 
 
 def _complete_mlp(plan: Plan, flow: Flow, claimed: set[int]) -> bool:
@@ -143,11 +132,11 @@ def _complete_mlp(plan: Plan, flow: Flow, claimed: set[int]) -> bool:
     while type(fc2) in (nn.Identity, nn.Dropout):
         dropouts += [fc2] if type(fc2) is nn.Dropout else []
         fc2 = flow.follower(fc2)
-    if not _is_layer(fc2) or stock_type(fc2) is not stock_type(fc1) or id(fc2) in claimed:
+    if not is_fully_connected(fc2) or stock_type(fc2) is not stock_type(fc1) or id(fc2) in claimed:
         return False
     # Networks that narrow first are gates: their inputs are pooled maps.
-    widths = (_width_in(fc1), _width_out(fc1))
-    if widths != (_width_out(fc2), _width_in(fc2)) or widths[0] > widths[1]:
+    widths = (width_in(fc1), width_out(fc1))
+    if widths != (width_out(fc2), width_in(fc2)) or widths[0] > widths[1]:
         return False
     plan.activation, plan.others = activation, (fc2, *dropouts)
     return True
@@ -155,7 +144,7 @@ def _complete_mlp(plan: Plan, flow: Flow, claimed: set[int]) -> bool:
 
 def _mlp_obstacle(plan: Plan) -> str:
     """Why the operator cannot stand for an MLP; empty if it can."""
-    channels = _width_in(plan.module)
+    channels = width_in(plan.module)
     if channels > LARGEST_NARROW:
         # The operator would save memory there, but no time.
         return f"{channels} channels; up to {LARGEST_NARROW}, hidden values stay on chip"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Plan:
     Attributes:
         operation: name of the activation that the operator computes.
         tail: the addition that certainly follows.
+        options: what else the operator has to do.
         declined: why nothing is exchanged.
         remark: what stays outside of the operator, and why.
         already: it was exchanged before.
@@ -31,9 +32,10 @@ class Plan:
     pattern: str = ""
     norm: nn.Module | None = None
     activation: nn.Module | None = None
-    others: tuple[nn.Module, ...] = ()
+    others: tuple[nn.Module | None, ...] = ()
     operation: str = "none"
     tail: Tail | None = None
+    options: dict[str, bool] = field(default_factory=dict)
     declined: str = ""
     remark: str = ""
     already: bool = False
@@ -76,6 +78,7 @@ class Plan:
             self.operation,
             self.norm is not None and type_name(self.norm) in FROZEN_NORMS,
             None if self.tail is None else tuple((path[common:], kind) for path, kind in tail),
+            self.options,
         )
         for role, module in enumerate(self.members):
             if module is not None:

@@ -11,6 +11,7 @@ KINDS = {
     "attention": "spatial-reduction attentions",
     "mlp": "MLPs",
     "gate": "gates",
+    "hr_chain": "HR chains",
 }
 
 
@@ -19,9 +20,9 @@ class Row:
     """What was decided about one module.
 
     Attributes:
-        module: dotted name of the convolution, of an MLP's first layer, or of the squeeze-and-excitation
-            module.
-        kind: depthwise, mlp or squeeze_excite.
+        module: dotted name of the convolution, of an MLP's first layer, or of the module that is exchanged as
+            a whole.
+        kind: a key of ``KINDS``.
         pattern: what stands there.
         exchanged: whether it is computed by a fused operator now (with ``dry_run``: would be).
         reason: why not, or what else stays outside of the operator and why.

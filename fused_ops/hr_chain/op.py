@@ -113,7 +113,7 @@ class HRChainCall:
         )
 
 
-def _checked_call(
+def checked_call(
     x: Tensor,
     high_weight: Tensor,
     low_weight: Tensor,
@@ -240,7 +240,7 @@ def hr_block(
                 identity=identity,
                 drop_path=drop_path,
             )
-    call = _checked_call(
+    call = checked_call(
         x,
         high_weight,
         low_weight,

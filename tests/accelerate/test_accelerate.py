@@ -247,7 +247,7 @@ def test_own_forward_is_left_alone():
 
 def test_dense_and_grouped_convolutions_are_no_rows():
     model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2))
-    nothing = "no depthwise convolutions, spatial-reduction attentions, MLPs or gates"
+    nothing = "no depthwise convolutions, spatial-reduction attentions, MLPs, gates or HR chains"
     assert str(fused_ops.accelerate(model)) == nothing
 
 

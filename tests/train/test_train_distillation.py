@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from training_helpers import CONVNEXT, arguments, epochs, losses
 
 from fused_ops.train import main
@@ -259,6 +263,10 @@ def distilled_run(image_folder, tmp_path_factory):
     return run
 
 
+class PowerCutError(Exception):
+    pass
+
+
 def command(folder: Path, run: Path, **changes) -> list[str]:
     return arguments(
         folder, run, **{"model": MODEL, "img_size": 64, "epochs": 2, "ema_distillation": 0.5, **changes}
@@ -278,10 +286,6 @@ def test_weight_0_is_ordinary_training(distilled_run, image_folder, tmp_path):
 
 def test_resume_keeps_the_teacher(distilled_run, image_folder, tmp_path, monkeypatch):
     run, forgetful = tmp_path / "run", tmp_path / "forgetful"
-
-    class PowerCutError(Exception):
-        pass
-
     original = Engine.update
 
     def update(self, next_batch, epoch, number):
@@ -304,6 +308,165 @@ def test_resume_keeps_the_teacher(distilled_run, image_folder, tmp_path, monkeyp
     assert same_weights(run, distilled_run)
     # A teacher that is not kept would have been noticed.
     assert losses(forgetful) != losses(distilled_run)
+
+
+class GraphCounter:
+    """Stands for torch.compile's compiler, which it leaves out: what was traced runs as PyTorch's calls."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        self.graphs += 1
+        return lookup_backend("aot_eager")(graph, inputs)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> GraphCounter:
+    counter = GraphCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    return counter
+
+
+def assert_averaged(engine: Engine, before: dict[str, Tensor], decay: float) -> None:
+    """The teacher is what it was before the update and what the student is now, in the ratio of the decay."""
+    average = engine.ema.module.state_dict()
+    for name, value in engine.model.state_dict().items():
+        expected = decay * before[name] + (1 - decay) * value if value.is_floating_point() else value
+        torch.testing.assert_close(average[name], expected, rtol=1e-5, atol=1e-6)
+    assert not any(module.training for module in engine.ema.module.modules())
+
+
+def weights_of_the_teacher(engine: Engine) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in engine.ema.module.state_dict().items()}
+
+
+def watch_the_average(monkeypatch, decay: float) -> list[float]:
+    """Check at every update of every run that the teacher becomes the average; losses of the updates."""
+    seen = []
+    original = Engine.update
+
+    def update(self, next_batch, epoch, number):
+        before = weights_of_the_teacher(self)
+        record = original(self, next_batch, epoch, number)
+        seen.append(record.loss.item())
+        # The first update makes it the student.
+        assert_averaged(self, before, decay if epoch or number else 0.0)
+        return record
+
+    monkeypatch.setattr(Engine, "update", update)
+    return seen
+
+
+# As small as a model can be that has such a head; tracing takes longer than training.
+QUICK = "timm/test_resnet"
+# Flags, and how far the losses of a few updates may be from those of plain float32. bfloat16 has 8 bits.
+FORMS = {
+    "compiled": (["--compile"], 1e-4),
+    "bfloat16": (["--amp=bf16"], 0.03),
+    "compiled bfloat16": (["--compile", "--amp=bf16"], 0.03),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_run(image_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("plain") / "run"
+    assert main(command(image_folder, run, model=QUICK)) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    "form", ["compiled", "bfloat16", pytest.param("compiled bfloat16", marks=pytest.mark.extended)]
+)
+def test_compiled_and_in_low_precision(form, plain_run, image_folder, tmp_path, monkeypatch, graphs):
+    """The same training; the teacher is the student's average, and an interrupted run goes on with it."""
+    flags, tolerance = FORMS[form]
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    seen = watch_the_average(monkeypatch, 0.8)
+    assert main([*command(image_folder, run, model=QUICK), *flags]) == 0
+    assert seen == losses(run)
+    np.testing.assert_allclose(losses(run), losses(plain_run), rtol=tolerance)
+    assert "--amp=bf16" not in flags or losses(run) != losses(plain_run)
+    # The student in training, the teacher in evaluation; no third for the last batch or the second epoch.
+    assert graphs.graphs == (2 if "--compile" in flags else 0)
+
+    checked = Engine.update
+
+    def cut(self, next_batch, epoch, number):
+        if (epoch, number) == (1, 1):
+            raise PowerCutError
+        return checked(self, next_batch, epoch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "update", cut)
+        with pytest.raises(PowerCutError):
+            main([*command(image_folder, resumed, model=QUICK, checkpoint_every=1), *flags])
+    assert main([f"--resume={resumed}"]) == 0
+    assert losses(resumed) == losses(run)
+    assert epochs(resumed) == epochs(run)
+    assert same_weights(resumed, run)
+
+
+@pytest.mark.extended
+def test_compiled_by_inductor(image_folder, tmp_path):
+    """As users have it; without drop path, for which that compiler draws other numbers."""
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    assert main(command(image_folder, eager, model=QUICK, drop_path=0)) == 0
+    assert main([*command(image_folder, compiled, model=QUICK, drop_path=0), "--compile"]) == 0
+    np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_float16(compiled, graphs, monkeypatch):
+    """The engine alone, as the command leaves float16 to GPUs; the loss is scaled, resuming included."""
+
+    def engine(amp: str) -> Engine:
+        torch.manual_seed(0)
+        model = Small()
+        # Its random numbers would be others in float16.
+        model.drop.p = 0.0
+        return Engine(settings(amp=amp, lr=0.05, compile=compiled), model, 3, 4, CPU)
+
+    def update(engine: Engine, number: int) -> float:
+        return engine.update(lambda: random_batch(8, number), 0, number).loss.item()
+
+    plain, half, resumed = engine("none"), engine("fp16"), engine("fp16")
+    assert half.scaler.is_enabled()
+    dtypes = []
+
+    def target(logits: Tensor, mask: Tensor) -> Tensor:
+        dtypes.append(logits.dtype)
+        return teacher_target(logits, mask)
+
+    monkeypatch.setattr("fused_ops.train.engine.teacher_target", target)
+    for number in range(3):
+        before = weights_of_the_teacher(half)
+        got, want = update(half, number), update(plain, number)
+        assert got == pytest.approx(want, rel=0.005)
+        assert got != want
+        assert_averaged(half, before, 0.75 if number else 0.0)
+    assert dtypes == [torch.float16, torch.float32] * 3
+    assert graphs.graphs == 4 * compiled
+    for name, value in plain.ema.module.state_dict().items():
+        torch.testing.assert_close(half.ema.module.state_dict()[name], value, rtol=0.02, atol=2e-3)
+
+    # Gradients that overflow: the step is left out and the loss scaled by half.
+    scale = 2.0**60
+    half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": scale})
+    weights = [parameter.clone() for parameter in half.model.parameters()]
+    assert math.isfinite(update(half, 3))
+    assert all(map(torch.equal, half.model.parameters(), weights))
+    assert half.scaler.get_scale() == scale / 2
+    half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 1024.0})
+
+    resumed.load(copy.deepcopy(half.state()))
+    assert resumed.scaler.get_scale() == 1024.0
+    for number in (4, 5):
+        assert update(resumed, number) == update(half, number)
+    assert all(
+        map(torch.equal, resumed.ema.module.state_dict().values(), half.ema.module.state_dict().values())
+    )
 
 
 def test_odd_batches(image_folder, tmp_path, fails):
