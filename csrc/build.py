@@ -43,7 +43,7 @@ LIBRARY = ROOT / "fused_ops" / "_native.so"
 SUPPORTED_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 # Version of what fused_ops/core/native.py and the op files expect of the library; raise both together.
-INTERFACE = 2
+INTERFACE = 3
 
 # The oldest torch whose stable ABI the library is written for: 2.11.
 TORCH_MINIMUM = (2, 11)
@@ -81,7 +81,7 @@ UNITS = (
             f"depthwise/{direction}.cu",
             (f"FUSED_OPS_SCALAR={code}", f"FUSED_OPS_KERNEL={size}"),
         )
-        for direction in ("backward", "forward")
+        for direction in ("planes_backward", "planes_forward", "backward", "forward")
         for size in (7, 5, 3)
         for code, name in enumerate(_TYPES)
     ),

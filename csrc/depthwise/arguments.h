@@ -2,7 +2,9 @@
 // layouts. The same for the torch library and the emulator's Python module; no torch type.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -60,15 +62,23 @@ inline Map map_of(const TensorView& view, const DepthwiseProblem& p, int64_t hei
                 "has size " + std::to_string(view.sizes[i]) + " in dimension " + std::to_string(i) +
                     " and must have " + std::to_string(sizes[i]));
     }
-    require(view.strides[1] == 1 || p.channels == 1, name,
-            "must have neighbouring channels (channels_last), and has channel "
-            "stride " +
-                std::to_string(view.strides[1]));
     // A stride along a dimension of one element means nothing, and must not decide what is aligned.
     const auto stride = [&](int dimension) {
         return view.sizes[dimension] > 1 ? view.strides[dimension] : 0;
     };
-    return {view.data, {stride(0), stride(2), stride(3)}};
+    return {view.data, {stride(0), stride(1), stride(2), stride(3)}};
+}
+
+// Settles in which layout the kernels see the maps: all of them have neighbouring channels, or columns.
+inline void choose_layout(DepthwiseProblem& p, std::initializer_list<const TensorView*> maps) {
+    const auto all_neighbours = [&](int dimension) {
+        return std::all_of(maps.begin(), maps.end(), [&](const TensorView* view) {
+            return !view->given() || view->sizes[dimension] == 1 || view->strides[dimension] == 1;
+        });
+    };
+    p.planes = !all_neighbours(1);
+    require(!p.planes || all_neighbours(3), "maps",
+            "must all have neighbouring channels (channels_last) or all neighbouring columns (NCHW)");
 }
 
 inline ChannelValues values_of(const TensorView& view, const DepthwiseProblem& p, const char* name) {
@@ -154,6 +164,7 @@ inline DepthwiseForwardParams forward_params(const ForwardTensors& t, const Opti
     p.var = values_of(t.var, p, "var");
     params.out = map_of(t.out, p, p.out_height, p.out_width, "out");
     params.raw = map_of(t.raw, p, p.out_height, p.out_width, "raw");
+    choose_layout(p, {&t.x, &t.residual, &t.out, &t.raw});
     params.unbiased_var = floats_of(t.unbiased_var, p.channels, "unbiased_var");
     return params;
 }
@@ -170,6 +181,7 @@ inline DepthwiseBackwardParams backward_params(const BackwardTensors& t, const O
     params.raw = map_of(t.raw, p, p.out_height, p.out_width, "raw");
     params.x_grad = map_of(t.x_grad, p, p.height, p.width, "x_grad");
     params.residual_grad = map_of(t.residual_grad, p, p.out_height, p.out_width, "residual_grad");
+    choose_layout(p, {&t.grad, &t.x, &t.residual, &t.raw, &t.x_grad, &t.residual_grad});
     params.weight_grad = weight_of(t.weight_grad, p, "weight_grad");
     params.bias_grad = values_of(t.bias_grad, p, "bias_grad");
     params.norm_weight_grad = values_of(t.norm_weight_grad, p, "norm_weight_grad");

@@ -44,10 +44,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
     constexpr int BATCH = V == 4 ? U : U + 1;
 
     __shared__ Table weights[K * K];
-    // With c = value - mean: BatchNorm is c scale + beta, its normalised value c rstd, and the gradient in
-    // front of it scale g - offset - c slope, where offset and slope carry what passes through the batch's
-    // mean and variance.
-    __shared__ Table mean, rstd, scale, beta, offset, slope;
+    __shared__ NormGradient<V> norm;
     FUSED_OPS_DYNAMIC_SHARED(ring);
 
     const DepthwiseBackwardParams& params = arguments.params;
@@ -66,26 +63,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
         }
         FUSED_OPS_UNROLL
         for (int k = 0; k < K * K; ++k) {
-            weights[k].at(i) = load_element(
-                p.weight.data, p.weight.type,
-                channel * p.weight.c_stride + (k / K) * p.weight.h_stride + (k % K) * p.weight.w_stride);
+            weights[k].at(i) = weight_value(p.weight, channel, k / K, k % K);
         }
         if (pre || post) {
-            const float channel_rstd = reciprocal_deviation(p.var, channel, p.eps);
-            const float channel_scale = channel_value(p.norm_weight, channel, 1.0f) * channel_rstd;
-            mean.at(i) = channel_value(p.mean, channel, 0.0f);
-            rstd.at(i) = channel_rstd;
-            scale.at(i) = channel_scale;
-            beta.at(i) = channel_value(p.norm_bias, channel, 0.0f);
-            offset.at(i) = 0.0f;
-            slope.at(i) = 0.0f;
-            if (post && p.batch_stats) {
-                const float mean_scale = arguments.inverse_count * channel_scale;
-                const float* const sums = arguments.sums + channel;
-                offset.at(i) = load_vector<float, 1>(sums).elements[0] * mean_scale;
-                slope.at(i) =
-                    load_vector<float, 1>(sums + p.channels).elements[0] * mean_scale * channel_rstd;
-            }
+            norm.fill(i, channel, p, arguments.sums, arguments.inverse_count);
         }
     }
     __syncthreads();
@@ -152,36 +133,12 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
             inside |= (x_column + j >= 0 && x_column + j < map_width ? 1u : 0u) << j;
         }
 
-        // The gradient before the activation at one position, and c there (see above).
         const auto before_activation = [&](const Vector<T, V>& grad, const Vector<T, V>& raw, int row,
                                            int column, float (&value_grad)[V], float (&centred)[V]) {
-            float value[V];
-            FUSED_OPS_UNROLL
-            for (int v = 0; v < V; ++v) {
-                value_grad[v] = to_float(grad.elements[v]);
-                value[v] = to_float(raw.elements[v]);
-                centred[v] = 0.0f;
-            }
-            if (post) {
-                float own_mean[V], own_scale[V], own_beta[V];
-                mean.read_all(lane, own_mean);
-                scale.read_all(lane, own_scale);
-                beta.read_all(lane, own_beta);
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    centred[v] = value[v] - own_mean[v];
-                    value[v] = centred[v] * own_scale[v] + own_beta[v];
-                }
-            }
-            if (add_residual) {
-                const Vector<T, V> added =
-                    load_vector<T, V>(map_address<T>(residual, image, row, column, channel));
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    value[v] += to_float(added.elements[v]);
-                }
-            }
-            multiply_activation_gradient(value_grad, value, p.activation);
+            norm.before_activation(
+                lane, p, grad, raw,
+                [&] { return load_vector<T, V>(map_address<T>(residual, image, row, column, channel)); },
+                value_grad, centred);
         };
 
         const int iterations = static_cast<int>(arguments.strip_rows);
@@ -228,14 +185,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
                             d[v] = value_grad[v];
                         }
                         if (post) {
-                            float own_scale[V], own_offset[V], own_slope[V];
-                            scale.read_all(lane, own_scale);
-                            offset.read_all(lane, own_offset);
-                            slope.read_all(lane, own_slope);
-                            FUSED_OPS_UNROLL
-                            for (int v = 0; v < V; ++v) {
-                                d[v] = d[v] * own_scale[v] - own_offset[v] - centred[v] * own_slope[v];
-                            }
+                            norm.before_norm(lane, d, centred);
                         }
                         const int centre_column = (d_column0 + column) * S - pad_w + K / 2 - x_column0;
                         if (own_row && centre_column >= 0 && centre_column < static_cast<int>(tiles) * XU) {
@@ -308,9 +258,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
                 }
                 if (pre && need_weight) {
                     float own_mean[V], own_scale[V], own_beta[V];
-                    mean.read_all(lane, own_mean);
-                    scale.read_all(lane, own_scale);
-                    beta.read_all(lane, own_beta);
+                    norm.mean.read_all(lane, own_mean);
+                    norm.scale.read_all(lane, own_scale);
+                    norm.beta.read_all(lane, own_beta);
                     FUSED_OPS_UNROLL
                     for (int j = 0; j < XU; ++j) {
                         FUSED_OPS_UNROLL
@@ -369,11 +319,6 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
                 if (!need_x) {
                     continue;
                 }
-                float own_mean[V], own_scale[V];
-                if (pre) {
-                    mean.read_all(lane, own_mean);
-                    scale.read_all(lane, own_scale);
-                }
                 T* const target = mutable_address<T>(params.x_grad, image, row, x_column, channel);
                 FUSED_OPS_UNROLL
                 for (int j = 0; j < XU; ++j) {
@@ -389,6 +334,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
                         // Loaded anew, from L1: keeping it from above costs registers that the kernel lacks.
                         const Vector<T, V> again =
                             load_vector<T, V>(map_address<T>(p.x, image, row, x_column + j, channel));
+                        float own_mean[V];
+                        norm.mean.read_all(lane, own_mean);
                         FUSED_OPS_UNROLL
                         for (int v = 0; v < V; ++v) {
                             own[1][v] += value[v];
@@ -396,6 +343,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
                         }
                     }
                     if (pre) {
+                        float own_scale[V];
+                        norm.scale.read_all(lane, own_scale);
                         FUSED_OPS_UNROLL
                         for (int v = 0; v < V; ++v) {
                             value[v] *= own_scale[v];
@@ -440,7 +389,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, S, V>)
     if (arguments.part_rows != 0) {
         if (has_place && arguments.need_sums) {
             float own_rstd[V];
-            rstd.read_all(lane, own_rstd);
+            norm.rstd.read_all(lane, own_rstd);
             FUSED_OPS_UNROLL
             for (int v = 0; v < V; ++v) {
                 own[2][v] *= own_rstd[v];
@@ -460,6 +409,9 @@ template <>
 const char* launch_backward<Scalar, FUSED_OPS_KERNEL>(const BackwardArguments& arguments, int vector,
                                                       int columns, uint32_t blocks, void* stream) {
     constexpr int K = FUSED_OPS_KERNEL;
+    if (arguments.params.problem.planes) {
+        return launch_planes_backward<Scalar, K>(arguments, vector, blocks, stream);
+    }
     const int stride = arguments.params.problem.stride;
     void (*kernel)(BackwardArguments) = nullptr;
 #define FUSED_OPS_INSTANCE(S, V, U)                      \

@@ -36,14 +36,17 @@ struct ChannelTable {
         }
     }
 
-    FUSED_OPS_DEVICE void read_all(int lane, float (&result)[V]) const {
+    // The lane's values; of one channel as often as asked for, once for every column that it has.
+    template <int COUNT>
+    FUSED_OPS_DEVICE void read_all(int lane, float (&result)[COUNT]) const {
+        static_assert(COUNT == V || V == 1);
         FUSED_OPS_UNROLL
         for (int part = 0; part < PARTS; ++part) {
             float values_of_part[PART];
             read(part, lane, values_of_part);
             FUSED_OPS_UNROLL
-            for (int q = 0; q < PART; ++q) {
-                result[part * PART + q] = values_of_part[q];
+            for (int q = 0; q < COUNT / PARTS; ++q) {
+                result[part * PART + q] = values_of_part[q % PART];
             }
         }
     }
@@ -58,19 +61,148 @@ FUSED_OPS_DEVICE float reciprocal_deviation(const ChannelValues& var, int64_t ch
     return 1.0f / sqrtf(channel_value(var, channel, 1.0f) + eps);
 }
 
-template <typename T>
-FUSED_OPS_DEVICE const T* map_address(const Map& map, int64_t image, int64_t row, int64_t column,
-                                      int64_t channel) {
-    return static_cast<const T*>(map.data) + image * map.strides.n + row * map.strides.h +
-           column * map.strides.w + channel;
+// In elements. The channel's stride is 1, or on planes the column's.
+template <bool PLANES = false>
+FUSED_OPS_DEVICE int64_t map_offset(const MapStrides& strides, int64_t image, int64_t row, int64_t column,
+                                    int64_t channel) {
+    return image * strides.n + row * strides.h +
+           (PLANES ? channel * strides.c + column : column * strides.w + channel);
 }
 
-template <typename T>
+template <typename T, bool PLANES = false>
+FUSED_OPS_DEVICE const T* map_address(const Map& map, int64_t image, int64_t row, int64_t column,
+                                      int64_t channel) {
+    return static_cast<const T*>(map.data) + map_offset<PLANES>(map.strides, image, row, column, channel);
+}
+
+template <typename T, bool PLANES = false>
 FUSED_OPS_DEVICE T* mutable_address(const Map& map, int64_t image, int64_t row, int64_t column,
                                     int64_t channel) {
-    return static_cast<T*>(map.data) + image * map.strides.n + row * map.strides.h + column * map.strides.w +
-           channel;
+    return static_cast<T*>(map.data) + map_offset<PLANES>(map.strides, image, row, column, channel);
 }
+
+FUSED_OPS_DEVICE float weight_value(const DepthwiseWeight& weight, int64_t channel, int row, int column) {
+    return load_element(weight.data, weight.type,
+                        channel * weight.c_stride + row * weight.h_stride + column * weight.w_stride);
+}
+
+// The operator's last step: the activation of `values`, with the residual `added` before or after it.
+template <typename T, int V>
+FUSED_OPS_DEVICE Vector<T, V> activate_with_residual(float (&values)[V], const Vector<T, V>& added,
+                                                     ResidualMode mode, Activation activation) {
+    const auto add = [&] {
+        FUSED_OPS_UNROLL
+        for (int v = 0; v < V; ++v) {
+            values[v] += to_float(added.elements[v]);
+        }
+    };
+    if (mode == ResidualMode::before) {
+        add();
+    }
+    activate_all(values, activation);
+    if (mode == ResidualMode::after) {
+        add();
+    }
+    Vector<T, V> result;
+    FUSED_OPS_UNROLL
+    for (int v = 0; v < V; ++v) {
+        result.elements[v] = from_float<T>(values[v]);
+    }
+    return result;
+}
+
+// The gradient on its way back from the output to the convolution. With c = value - mean: BatchNorm is
+// c scale + beta, its normalised value c rstd, and the gradient in front of it scale g - offset - c slope,
+// where offset and slope carry what passes through the batch's mean and variance.
+template <int V>
+struct NormGradient {
+    ChannelTable<V> mean, rstd, scale, beta, offset, slope;
+
+    // Channel `channel`, which is number i of the block. `sums` (2, channels) are those of the norm's
+    // gradient, for one by batch statistics after the convolution.
+    FUSED_OPS_DEVICE void fill(int i, int64_t channel, const DepthwiseProblem& p, const float* sums,
+                               float inverse_count) {
+        const float channel_rstd = reciprocal_deviation(p.var, channel, p.eps);
+        const float channel_scale = channel_value(p.norm_weight, channel, 1.0f) * channel_rstd;
+        mean.at(i) = channel_value(p.mean, channel, 0.0f);
+        rstd.at(i) = channel_rstd;
+        scale.at(i) = channel_scale;
+        beta.at(i) = channel_value(p.norm_bias, channel, 0.0f);
+        offset.at(i) = 0.0f;
+        slope.at(i) = 0.0f;
+        if (p.norm == NormPlacement::post && p.batch_stats) {
+            const float mean_scale = inverse_count * channel_scale;
+            offset.at(i) = load_vector<float, 1>(sums + channel).elements[0] * mean_scale;
+            slope.at(i) =
+                load_vector<float, 1>(sums + p.channels + channel).elements[0] * mean_scale * channel_rstd;
+        }
+    }
+
+    // The gradient before the activation at COUNT positions or channels, and c there.
+    template <typename T, int COUNT, typename Added>
+    FUSED_OPS_DEVICE void before_activation(int lane, const DepthwiseProblem& p, const Vector<T, COUNT>& grad,
+                                            const Vector<T, COUNT>& raw, const Added& load_added,
+                                            float (&value_grad)[COUNT], float (&centred)[COUNT]) const {
+        float value[COUNT];
+        FUSED_OPS_UNROLL
+        for (int v = 0; v < COUNT; ++v) {
+            value_grad[v] = to_float(grad.elements[v]);
+            value[v] = to_float(raw.elements[v]);
+            centred[v] = 0.0f;
+        }
+        if (p.norm == NormPlacement::post) {
+            float own_mean[COUNT], own_scale[COUNT], own_beta[COUNT];
+            mean.read_all(lane, own_mean);
+            scale.read_all(lane, own_scale);
+            beta.read_all(lane, own_beta);
+            FUSED_OPS_UNROLL
+            for (int v = 0; v < COUNT; ++v) {
+                centred[v] = value[v] - own_mean[v];
+                value[v] = centred[v] * own_scale[v] + own_beta[v];
+            }
+        }
+        if (p.residual_mode == ResidualMode::before && p.activation != Activation::none) {
+            const Vector<T, COUNT> added = load_added();
+            FUSED_OPS_UNROLL
+            for (int v = 0; v < COUNT; ++v) {
+                value[v] += to_float(added.elements[v]);
+            }
+        }
+        multiply_activation_gradient(value_grad, value, p.activation);
+    }
+
+    // From there on through a norm after the convolution, in place.
+    template <int COUNT>
+    FUSED_OPS_DEVICE void before_norm(int lane, float (&grads)[COUNT], const float (&centred)[COUNT]) const {
+        float own_scale[COUNT], own_offset[COUNT], own_slope[COUNT];
+        scale.read_all(lane, own_scale);
+        offset.read_all(lane, own_offset);
+        slope.read_all(lane, own_slope);
+        FUSED_OPS_UNROLL
+        for (int v = 0; v < COUNT; ++v) {
+            grads[v] = grads[v] * own_scale[v] - own_offset[v] - centred[v] * own_slope[v];
+        }
+    }
+};
+
+// Sums of a thread's values relative to its first one, so that a large mean costs no digits.
+struct RunningMoments {
+    float first = 0.0f, sum = 0.0f, sum_of_squares = 0.0f;
+
+    FUSED_OPS_DEVICE void add(float value, bool is_first) {
+        first = is_first ? value : first;
+        const float difference = value - first;
+        sum += difference;
+        sum_of_squares += difference * difference;
+    }
+
+    // Mean, less `reference`, and sum of squared deviations of `count` values; finite for none.
+    FUSED_OPS_DEVICE void finish(float count, float& mean, float& m2, float reference = 0.0f) const {
+        const float shifted = count > 0.0f ? sum / count : 0.0f;
+        mean = (first - reference) + shifted;
+        m2 = sum_of_squares - sum * shifted;
+    }
+};
 
 // V neighbouring floats of shared memory, in one access.
 template <int V>

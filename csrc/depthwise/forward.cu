@@ -61,9 +61,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
         }
         FUSED_OPS_UNROLL
         for (int k = 0; k < K * K; ++k) {
-            weights[k].at(i) = load_element(
-                p.weight.data, p.weight.type,
-                channel * p.weight.c_stride + (k / K) * p.weight.h_stride + (k % K) * p.weight.w_stride);
+            weights[k].at(i) = weight_value(p.weight, channel, k / K, k % K);
         }
         if (pre || post) {
             center.at(i) = channel_value(p.mean, channel, 0.0f);
@@ -108,7 +106,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
     int64_t x_offset = image * p.x.strides.n + (first_row * S - p.pad_h) * p.x.strides.h +
                        (first_column * S - p.pad_w) * p.x.strides.w + channel;
     const auto offset_of = [&](const Map& map) {
-        return image * map.strides.n + first_row * map.strides.h + first_column * map.strides.w + channel;
+        return map_offset(map.strides, image, first_row, first_column, channel);
     };
     const Map& residual = p.identity ? p.x : p.residual;
     int64_t residual_offset = offset_of(residual);
@@ -127,9 +125,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
             }
         }
     }
-    [[maybe_unused]] float first[V] = {};
-    [[maybe_unused]] float sum[V] = {};
-    [[maybe_unused]] float sum_of_squares[V] = {};
+    [[maybe_unused]] RunningMoments moments[V];
 
     // Step j reads the input rows j S .. j S + S - 1 of the strip; row j S + phase is tap row phase + m S of
     // output row j - m. The first one finishes output row j - WAITING.
@@ -265,17 +261,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
                                        rounded);
                 }
                 if constexpr (STATISTICS) {
-                    // Moments of what is stored, or would be: the normalised values then have mean 0. They
-                    // are taken relative to the strip's first value, so that a large mean costs no digits.
+                    // Moments of what is stored, or would be: the normalised values then have mean 0.
                     FUSED_OPS_UNROLL
                     for (int v = 0; v < V; ++v) {
-                        const float value = to_float(rounded.elements[v]);
-                        if (t == 0 && step == WAITING) {
-                            first[v] = value;
-                        }
-                        const float difference = value - first[v];
-                        sum[v] += difference;
-                        sum_of_squares[v] += difference * difference;
+                        moments[v].add(to_float(rounded.elements[v]), t == 0 && step == WAITING);
                     }
                 }
             }
@@ -301,27 +290,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
                         }
                     }
                 }
-                if (p.residual_mode == ResidualMode::before) {
-                    FUSED_OPS_UNROLL
-                    for (int v = 0; v < V; ++v) {
-                        values[v] += to_float(added[t].elements[v]);
-                    }
-                }
-                activate_all(values, p.activation);
-                if (p.residual_mode == ResidualMode::after) {
-                    FUSED_OPS_UNROLL
-                    for (int v = 0; v < V; ++v) {
-                        values[v] += to_float(added[t].elements[v]);
-                    }
-                }
-                Vector<T, V> result;
-                FUSED_OPS_UNROLL
-                for (int v = 0; v < V; ++v) {
-                    result.elements[v] = from_float<T>(values[v]);
-                }
-                store_vector<T, V>(static_cast<T*>(arguments.params.out.data) + out_offset +
-                                       t * arguments.params.out.strides.w,
-                                   result);
+                store_vector<T, V>(
+                    static_cast<T*>(arguments.params.out.data) + out_offset +
+                        t * arguments.params.out.strides.w,
+                    activate_with_residual<T, V>(values, added[t], p.residual_mode, p.activation));
             }
         }
         raw_offset += arguments.params.raw.strides.h;
@@ -334,9 +306,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<T, K, V>)
         float mean[V], m2[V];
         FUSED_OPS_UNROLL
         for (int v = 0; v < V; ++v) {
-            const float shifted = active ? sum[v] / count : 0.0f;
-            mean[v] = first[v] + shifted;
-            m2[v] = sum_of_squares[v] - sum[v] * shifted;
+            moments[v].finish(count, mean[v], m2[v]);
         }
         store_moments(exchange, cut, arguments.walkers_per_block, walker_block, channel_block, p.channels,
                       count, mean, m2, arguments.part_count, arguments.part_mean, arguments.part_m2);
@@ -352,6 +322,9 @@ const char* launch_forward<Scalar, FUSED_OPS_KERNEL>(const ForwardArguments& arg
                                                      int columns, uint32_t blocks, bool statistics,
                                                      void* stream) {
     constexpr int K = FUSED_OPS_KERNEL;
+    if (arguments.params.problem.planes) {
+        return launch_planes_forward<Scalar, K>(arguments, vector, blocks, statistics, stream);
+    }
     const int stride = arguments.params.problem.stride;
     void (*kernel)(ForwardArguments) = nullptr;
 #define FUSED_OPS_INSTANCE(S, V, TW)                                         \

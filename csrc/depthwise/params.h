@@ -13,9 +13,10 @@ enum class NormPlacement : int32_t { none = 0, pre = 1, post = 2 };
 // Where the residual is added: before the activation, or after it.
 enum class ResidualMode : int32_t { none = 0, before = 1, after = 2 };
 
-// Strides of a feature map whose channels are neighbours in memory (channel stride 1).
+// Strides of a feature map in which channels are neighbours in memory (c is 1), or columns are (w is 1); a
+// dimension of one element has stride 0.
 struct MapStrides {
-    int64_t n, h, w;
+    int64_t n, c, h, w;
 };
 
 // A feature map; data is null where there is none.
@@ -39,9 +40,9 @@ struct DepthwiseWeight {
 
 // The launcher's choices; 0 leaves each to it.
 struct DepthwiseTile {
-    int32_t vector;   // neighbouring channels per thread, at most
-    int32_t columns;  // neighbouring columns per thread, of the output or its gradient
-    int32_t rows;     // rows per strip, of the same maps
+    int32_t vector;   // neighbouring channels per thread, or columns of planes, at most
+    int32_t columns;  // neighbouring columns per thread, of the output or its gradient; not of planes
+    int32_t rows;     // rows per strip or tile of a plane, of the same maps
 };
 
 // Which part of a sequence runs. Statistics of several processes are exchanged between the two.
@@ -55,6 +56,7 @@ struct DepthwiseProblem {
     int32_t kernel, stride;  // 3, 5 or 7; 1 or 2
     int64_t pad_h, pad_w;
     ScalarType type;  // of every map
+    bool planes;      // in every map columns are neighbours (NCHW), else channels (channels_last)
 
     NormPlacement norm;
     bool batch_stats;

@@ -21,10 +21,24 @@ struct ChannelCut {
     uint32_t lanes;
 };
 
+// How blocks cover the planes of one channel of NCHW maps. A segment is a tile of one plane; a block has
+// `segments_at_once` of them in shared memory, `rounds` times one after the other, and strips x lanes threads
+// walk down each.
+struct PlaneCut {
+    uint32_t tile_rows, tile_columns;  // of a segment, on the output or its gradient
+    uint32_t row_tiles, column_tiles;  // of a plane
+    uint32_t lanes, strips, strip_rows;
+    uint32_t segments_at_once, rounds, segments;
+    uint32_t shared_rows, pitch;  // of a segment with its halo in shared memory, in floats
+
+    FUSED_OPS_HOST_DEVICE uint32_t floats() const { return segments_at_once * shared_rows * pitch; }
+};
+
 // Geometry of the forward convolution: walker = (image, strip, column tile), `walkers_per_block` neighbouring
 // ones in a block.
 struct ForwardArguments {
     DepthwiseForwardParams params;
+    PlaneCut planes;  // for NCHW maps, in place of what follows up to `walkers`
     ChannelCut cut;
     uint32_t walkers_per_block;
     uint32_t column_tiles;
@@ -42,6 +56,7 @@ struct ForwardArguments {
 // other.
 struct BackwardArguments {
     DepthwiseBackwardParams params;
+    PlaneCut planes;  // for NCHW maps, in place of what follows up to `segments`
     ChannelCut cut;
     uint32_t walkers_per_block;
     uint32_t tiles_per_segment;
@@ -62,8 +77,10 @@ struct BackwardArguments {
 };
 
 // Geometry of elementwise kernels: a block owns `iterations` times `walkers` neighbouring positions of the
-// map.
+// map. On planes a position is a vector of columns, of which `width` make a row; planes without gaps between
+// their rows are one row.
 struct PointwiseArguments {
+    bool planes;
     ChannelCut cut;
     uint32_t walkers;
     uint32_t iterations;
@@ -117,6 +134,13 @@ const char* launch_forward(const ForwardArguments& arguments, int vector, int co
 template <typename T, int K>
 const char* launch_backward(const BackwardArguments& arguments, int vector, int columns, uint32_t blocks,
                             void* stream);
+// The same for NCHW maps, which the two above hand on.
+template <typename T, int K>
+const char* launch_planes_forward(const ForwardArguments& arguments, int vector, uint32_t blocks,
+                                  bool statistics, void* stream);
+template <typename T, int K>
+const char* launch_planes_backward(const BackwardArguments& arguments, int vector, uint32_t blocks,
+                                   void* stream);
 template <typename T>
 const char* launch_pointwise(PointwiseKernel kernel, const PointwiseArguments& arguments, int vector,
                              uint32_t blocks, void* stream);

@@ -1,14 +1,15 @@
 // The passes of the depthwise operator that don't convolve: moments of the input, norm with activation and
 // residual after batch statistics are known, the two sums of the norm's gradient, and what they add to x's
-// gradient. Feature maps with neighbouring channels (channels_last).
+// gradient.
 //
 //     tile of a thread    iterations positions, `walkers` apart, x V channels
 //     block of threads    lanes (<= 16) threads side by side over channels, times walkers (128 / lanes)
 //                         neighbouring positions
 //     shared memory       the affine vectors of the block's channels, and the block's sums
 //
-// Positions are counted over (image, row, column), so that narrow maps fill the blocks too.
-#include "device.h"
+// Positions are counted over (image, row, column), so that narrow maps fill the blocks too. On PLANES (NCHW
+// maps) a position is V neighbouring columns, and a block has one channel: lanes is 1 and walkers 128.
+#include "planes.h"
 #include "unit.h"
 
 namespace fused_ops {
@@ -56,7 +57,7 @@ struct Place {
     int64_t channel;
     bool active;
 
-    template <int V>
+    template <int CHANNELS>
     static FUSED_OPS_DEVICE Place of(const PointwiseArguments& arguments) {
         const ChannelCut& cut = arguments.cut;
         Place place;
@@ -65,11 +66,23 @@ struct Place {
         place.lane = threadIdx.x % cut.lanes;
         place.walker = threadIdx.x / cut.lanes;
         const uint32_t group = place.channel_block * cut.lanes + place.lane;
-        place.channel = static_cast<int64_t>(group) * V;
+        place.channel = static_cast<int64_t>(group) * CHANNELS;
         place.active = place.walker < arguments.walkers && group < cut.groups;
         return place;
     }
 };
+
+// Address of V elements at a position of the walk.
+template <typename T, int V, bool PLANES>
+FUSED_OPS_DEVICE T* position(const Map& map, const Walk& walk, const Place& place) {
+    return mutable_address<T, PLANES>(map, walk.image, walk.row,
+                                      PLANES ? static_cast<int64_t>(walk.column) * V : walk.column,
+                                      place.channel);
+}
+
+// Channels that a thread has.
+template <int V, bool PLANES>
+constexpr int CHANNELS = PLANES ? 1 : V;
 
 // BatchNorm's vectors of a block's channels.
 template <int V>
@@ -93,46 +106,44 @@ struct NormTables {
 };
 
 // source -> count (parts), mean and M2 (parts, channels) of each block's positions.
-template <typename T, int V>
+template <typename T, int V, bool PLANES>
 __global__ void __launch_bounds__(THREADS, 5) moments(const __grid_constant__ PointwiseArguments arguments) {
-    __shared__ MomentsExchange<V> exchange;
-    const Place place = Place::of<V>(arguments);
-    float first[V] = {}, sum[V] = {}, sum_of_squares[V] = {};
+    constexpr int C = CHANNELS<V, PLANES>;
+    const Place place = Place::of<C>(arguments);
+    RunningMoments running[C];
     Walk walk(arguments, place.part, place.walker);
     const uint32_t count = place.active ? walk.left : 0;
     for (uint32_t i = 0; i < count; ++i) {
-        const Vector<T, V> value = load_vector<T, V>(
-            map_address<T>(arguments.source, walk.image, walk.row, walk.column, place.channel));
+        const Vector<T, V> value = load_vector<T, V>(position<T, V, PLANES>(arguments.source, walk, place));
         walk.advance(arguments);
         FUSED_OPS_UNROLL
         for (int v = 0; v < V; ++v) {
-            const float element = to_float(value.elements[v]);
-            // Relative to the thread's first value, so that a large mean costs no digits.
-            first[v] = i == 0 ? element : first[v];
-            const float difference = element - first[v];
-            sum[v] += difference;
-            sum_of_squares[v] += difference * difference;
+            running[PLANES ? 0 : v].add(to_float(value.elements[v]), i == 0 && (!PLANES || v == 0));
         }
     }
-    const float total = static_cast<float>(count);
-    float mean[V], m2[V];
-    FUSED_OPS_UNROLL
-    for (int v = 0; v < V; ++v) {
-        const float shifted = count != 0 ? sum[v] / total : 0.0f;
-        mean[v] = first[v] + shifted;
-        m2[v] = sum_of_squares[v] - sum[v] * shifted;
+    if constexpr (PLANES) {
+        store_plane_moments(running[0], count * V, place.part, place.channel, arguments.channels,
+                            arguments.part_count, arguments.parts, arguments.part_m2);
+    } else {
+        const float total = static_cast<float>(count);
+        float mean[V], m2[V];
+        FUSED_OPS_UNROLL
+        for (int v = 0; v < V; ++v) {
+            running[v].finish(total, mean[v], m2[v]);
+        }
+        __shared__ MomentsExchange<V> exchange;
+        store_moments(exchange, arguments.cut, arguments.walkers, place.part, place.channel_block,
+                      arguments.channels, total, mean, m2, arguments.part_count, arguments.parts,
+                      arguments.part_m2);
     }
-    store_moments(exchange, arguments.cut, arguments.walkers, place.part, place.channel_block,
-                  arguments.channels, total, mean, m2, arguments.part_count, arguments.parts,
-                  arguments.part_m2);
 }
 
 // target = act(norm(source)) with the residual before or after the activation.
-template <typename T, int V>
+template <typename T, int V, bool PLANES>
 __global__ void __launch_bounds__(THREADS, 5)
     normalise(const __grid_constant__ PointwiseArguments arguments) {
-    __shared__ NormTables<V> tables;
-    const Place place = Place::of<V>(arguments);
+    __shared__ NormTables<CHANNELS<V, PLANES>> tables;
+    const Place place = Place::of<CHANNELS<V, PLANES>>(arguments);
     tables.fill(arguments, place.channel_block);
     if (!place.active) {
         return;
@@ -149,51 +160,32 @@ __global__ void __launch_bounds__(THREADS, 5)
     const bool has_residual = arguments.residual_mode != ResidualMode::none;
     Walk walk(arguments, place.part, place.walker);
     while (walk.left > 0) {
-        const Vector<T, V> source = load_vector<T, V>(
-            map_address<T>(arguments.source, walk.image, walk.row, walk.column, place.channel));
+        const Vector<T, V> source = load_vector<T, V>(position<T, V, PLANES>(arguments.source, walk, place));
         const Vector<T, V> added =
-            has_residual ? load_vector<T, V>(map_address<T>(arguments.residual, walk.image, walk.row,
-                                                            walk.column, place.channel))
+            has_residual ? load_vector<T, V>(position<T, V, PLANES>(arguments.residual, walk, place))
                          : zero_vector<T, V>();
         float values[V];
         FUSED_OPS_UNROLL
         for (int v = 0; v < V; ++v) {
             values[v] = (to_float(source.elements[v]) - mean[v]) * scale[v] + shift[v];
         }
-        if (arguments.residual_mode == ResidualMode::before) {
-            FUSED_OPS_UNROLL
-            for (int v = 0; v < V; ++v) {
-                values[v] += to_float(added.elements[v]);
-            }
-        }
-        activate_all(values, arguments.activation);
-        if (arguments.residual_mode == ResidualMode::after) {
-            FUSED_OPS_UNROLL
-            for (int v = 0; v < V; ++v) {
-                values[v] += to_float(added.elements[v]);
-            }
-        }
-        Vector<T, V> result;
-        FUSED_OPS_UNROLL
-        for (int v = 0; v < V; ++v) {
-            result.elements[v] = from_float<T>(values[v]);
-        }
         store_vector<T, V>(
-            mutable_address<T>(arguments.target, walk.image, walk.row, walk.column, place.channel), result);
+            position<T, V, PLANES>(arguments.target, walk, place),
+            activate_with_residual<T, V>(values, added, arguments.residual_mode, arguments.activation));
         walk.advance(arguments);
     }
 }
 
 // grad and source (the convolution's output) -> parts (parts, 2, channels): sums of the gradient after the
 // norm, and of its product with the normalised value.
-template <typename T, int V>
+template <typename T, int V, bool PLANES>
 __global__ void __launch_bounds__(THREADS, 5)
     norm_sums(const __grid_constant__ PointwiseArguments arguments) {
-    __shared__ NormTables<V> tables;
-    alignas(16) __shared__ float buffer[2 * THREADS * V];
-    const Place place = Place::of<V>(arguments);
+    constexpr int C = CHANNELS<V, PLANES>;
+    __shared__ NormTables<C> tables;
+    const Place place = Place::of<C>(arguments);
     tables.fill(arguments, place.channel_block);
-    float own[3][V] = {};
+    float own[3][C] = {};
     if (place.active) {
         float mean[V], rstd[V], gamma[V], beta[V];
         tables.mean.read_all(place.lane, mean);
@@ -205,13 +197,12 @@ __global__ void __launch_bounds__(THREADS, 5)
             arguments.residual_mode == ResidualMode::before && arguments.activation != Activation::none;
         Walk walk(arguments, place.part, place.walker);
         while (walk.left > 0) {
-            const auto address = [&](const Map& map) {
-                return map_address<T>(map, walk.image, walk.row, walk.column, place.channel);
+            const auto load = [&](const Map& map) {
+                return load_vector<T, V>(position<T, V, PLANES>(map, walk, place));
             };
-            const Vector<T, V> grad = load_vector<T, V>(address(arguments.grad));
-            const Vector<T, V> source = load_vector<T, V>(address(arguments.source));
-            const Vector<T, V> added =
-                add_residual ? load_vector<T, V>(address(arguments.residual)) : zero_vector<T, V>();
+            const Vector<T, V> grad = load(arguments.grad);
+            const Vector<T, V> source = load(arguments.source);
+            const Vector<T, V> added = add_residual ? load(arguments.residual) : zero_vector<T, V>();
             walk.advance(arguments);
             float value_grad[V], value[V], normalised[V];
             FUSED_OPS_UNROLL
@@ -223,22 +214,29 @@ __global__ void __launch_bounds__(THREADS, 5)
             multiply_activation_gradient(value_grad, value, arguments.activation);
             FUSED_OPS_UNROLL
             for (int v = 0; v < V; ++v) {
-                own[1][v] += value_grad[v];
-                own[2][v] += value_grad[v] * normalised[v];
+                own[1][PLANES ? 0 : v] += value_grad[v];
+                own[2][PLANES ? 0 : v] += value_grad[v] * normalised[v];
             }
         }
     }
-    const float no_taps[1][V] = {};
-    store_sums(buffer, 2 * THREADS * V, no_taps, own, 0, 0, 2, arguments.cut, arguments.walkers, place.part,
-               place.channel_block, arguments.channels, arguments.parts);
+    if constexpr (PLANES) {
+        const float no_taps[1] = {};
+        store_plane_sums(no_taps, {own[0][0], own[1][0], own[2][0]}, 0, 0, 2, place.part, place.channel,
+                         arguments.channels, arguments.parts);
+    } else {
+        alignas(16) __shared__ float buffer[2 * THREADS * V];
+        const float no_taps[1][V] = {};
+        store_sums(buffer, 2 * THREADS * V, no_taps, own, 0, 0, 2, arguments.cut, arguments.walkers,
+                   place.part, place.channel_block, arguments.channels, arguments.parts);
+    }
 }
 
 // target (t, the gradient of x without the part that passes through the batch's statistics) and source (x):
 // target = t - gamma rstd (m1 + xhat m2) in place, m1 and m2 the means of the norm's two sums.
-template <typename T, int V>
+template <typename T, int V, bool PLANES>
 __global__ void __launch_bounds__(THREADS, 5) finish(const __grid_constant__ PointwiseArguments arguments) {
-    __shared__ NormTables<V> tables;
-    const Place place = Place::of<V>(arguments);
+    __shared__ NormTables<CHANNELS<V, PLANES>> tables;
+    const Place place = Place::of<CHANNELS<V, PLANES>>(arguments);
     tables.fill(arguments, place.channel_block);
     if (!place.active) {
         return;
@@ -250,17 +248,15 @@ __global__ void __launch_bounds__(THREADS, 5) finish(const __grid_constant__ Poi
     FUSED_OPS_UNROLL
     for (int v = 0; v < V; ++v) {
         scale[v] *= rstd[v] * arguments.inverse_count;
-        sum[v] = load_vector<float, 1>(arguments.sums + place.channel + v).elements[0];
-        product[v] =
-            load_vector<float, 1>(arguments.sums + arguments.channels + place.channel + v).elements[0];
+        const float* const sums = arguments.sums + place.channel + (PLANES ? 0 : v);
+        sum[v] = load_vector<float, 1>(sums).elements[0];
+        product[v] = load_vector<float, 1>(sums + arguments.channels).elements[0];
     }
     Walk walk(arguments, place.part, place.walker);
     while (walk.left > 0) {
-        T* const where =
-            mutable_address<T>(arguments.target, walk.image, walk.row, walk.column, place.channel);
+        T* const where = position<T, V, PLANES>(arguments.target, walk, place);
         const Vector<T, V> partial = load_written_vector<T, V>(where);
-        const Vector<T, V> x = load_vector<T, V>(
-            map_address<T>(arguments.source, walk.image, walk.row, walk.column, place.channel));
+        const Vector<T, V> x = load_vector<T, V>(position<T, V, PLANES>(arguments.source, walk, place));
         walk.advance(arguments);
         Vector<T, V> result;
         FUSED_OPS_UNROLL
@@ -276,11 +272,14 @@ __global__ void __launch_bounds__(THREADS, 5) finish(const __grid_constant__ Poi
 template <typename T, int V>
 const char* launch_vector(PointwiseKernel kernel, const PointwiseArguments& arguments, uint32_t blocks,
                           void* stream) {
-    void (*const kernels[])(PointwiseArguments) = {moments<T, V>, normalise<T, V>, norm_sums<T, V>,
-                                                   finish<T, V>};
+    void (*const kernels[][2])(PointwiseArguments) = {{moments<T, V, false>, moments<T, V, true>},
+                                                      {normalise<T, V, false>, normalise<T, V, true>},
+                                                      {norm_sums<T, V, false>, norm_sums<T, V, true>},
+                                                      {finish<T, V, false>, finish<T, V, true>}};
     constexpr const char* NAMES[] = {"moments", "normalise", "norm_sums", "finish"};
     const int index = static_cast<int>(kernel);
-    return launch_kernel(NAMES[index], kernels[index], blocks, THREADS, 0, stream, arguments);
+    return launch_kernel(NAMES[index], kernels[index][arguments.planes ? 1 : 0], blocks, THREADS, 0, stream,
+                         arguments);
 }
 
 }  // namespace

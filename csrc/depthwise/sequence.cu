@@ -8,6 +8,8 @@
 //     backward   batch statistics after the convolution: sums of the norm, merge, gradients, merge
 //                batch statistics before it: gradients, merge, finish
 //                otherwise: gradients, merge
+#include <numeric>
+
 #include "../common/scalar.h"
 #include "plan.h"
 
@@ -17,8 +19,15 @@ namespace {
 
 using namespace depthwise;
 
+#define FUSED_OPS_TRY(CALL)           \
+    if (const char* error = (CALL)) { \
+        return error;                 \
+    }
+
 // What a part and a block of the merge kernels are counted in.
 constexpr int64_t LARGEST_COUNT = 0x7fffffff;
+// For every multiprocessor, where the map has so many.
+constexpr uint64_t BLOCKS_WANTED = 4;
 
 uint32_t ceil_divide(int64_t a, int64_t b) {
     return static_cast<uint32_t>((a + b - 1) / b);
@@ -85,23 +94,24 @@ const char* check(const DepthwiseProblem& p) {
 }
 
 // Whether V elements can be accessed at once at every position of a map.
-bool vector_is_legal(int vector, ScalarType type, const Map& map) {
+bool vector_is_legal(int vector, const DepthwiseProblem& p, const Map& map) {
+    const MapStrides& strides = map.strides;
     return map.data == nullptr ||
-           (reinterpret_cast<uintptr_t>(map.data) % (vector * element_size(type)) == 0 &&
-            map.strides.n % vector == 0 && map.strides.h % vector == 0 && map.strides.w % vector == 0);
+           (reinterpret_cast<uintptr_t>(map.data) % (vector * element_size(p.type)) == 0 &&
+            strides.n % vector == 0 && strides.h % vector == 0 &&
+            (p.planes ? strides.c : strides.w) % vector == 0);
 }
 
+// The widest vector of at most `most` neighbouring elements, and of at most `asked` if that is given, that
+// all maps allow and that divides `extent`, the number of neighbours.
 template <typename... Maps>
-bool vector_is_legal(int vector, const DepthwiseProblem& p, const Maps&... maps) {
-    return vector * element_size(p.type) <= 16 && p.channels % vector == 0 &&
-           (vector_is_legal(vector, p.type, maps) && ...);
-}
-
-// The widest vector of at most `most` channels, and of at most `asked` if that is given, that all maps allow.
-template <typename... Maps>
-int choose_vector(int most, int asked, const DepthwiseProblem& p, const Maps&... maps) {
+int choose_vector(int most, int asked, int64_t extent, const DepthwiseProblem& p, const Maps&... maps) {
+    const auto is_legal = [&](int vector) {
+        return (asked <= 0 || vector <= asked) && vector * element_size(p.type) <= 16 &&
+               extent % vector == 0 && (vector_is_legal(vector, p, maps) && ...);
+    };
     int vector = most;
-    while (vector > 1 && ((asked > 0 && vector > asked) || !vector_is_legal(vector, p, maps...))) {
+    while (vector > 1 && !is_legal(vector)) {
         vector /= 2;
     }
     return vector;
@@ -116,18 +126,58 @@ ChannelCut cut_channels(int64_t channels, int vector) {
 }
 
 // Rows per strip: long strips read fewer rows twice (the halo above and below), short ones make more blocks.
-// As long as the map allows up to 28 rows, halved until every multiprocessor has four blocks; strips of a map
-// are then made equal. `blocks_per_strip` counts blocks in 1/1024.
-uint32_t choose_rows(int64_t height, uint64_t blocks_per_strip, int32_t asked) {
+// As long as the map allows up to `most` rows, halved until every multiprocessor has four blocks; strips of a
+// map are then made equal. `blocks_per_strip` counts blocks in 1/1024.
+uint32_t choose_rows(int64_t height, uint64_t blocks_per_strip, int32_t asked, int64_t most = 28) {
     if (asked > 0) {
         return static_cast<uint32_t>(asked < height ? asked : height);
     }
-    const uint64_t wanted = 4ull * 1024 * static_cast<uint64_t>(multiprocessor_count());
-    int64_t rows = height < 28 ? height : 28;
+    const uint64_t wanted = BLOCKS_WANTED * 1024 * static_cast<uint64_t>(multiprocessor_count());
+    int64_t rows = height < most ? height : most;
     while (rows > 4 && ceil_divide(height, rows) * blocks_per_strip < wanted) {
         rows = (rows + 1) / 2;
     }
     return ceil_divide(height, ceil_divide(height, rows));
+}
+
+// Cuts the planes of one channel into segments whose tiles fit in shared memory together with what a block
+// needs besides. An output row (or column) needs `span` rows of a tile and is `step` of them from the next.
+const char* cut_planes(const DepthwiseProblem& p, int64_t rows, int64_t columns, int vector, int step,
+                       int span, PlaneCut& cut) {
+    constexpr int64_t MOST_FLOATS = 4096;
+    constexpr int MOST_COLUMNS = 192;
+    const int most_lanes =
+        MOST_COLUMNS / (vector * step) < THREADS ? MOST_COLUMNS / (vector * step) : THREADS;
+    const uint32_t lanes = ceil_divide(columns, vector);
+    cut.column_tiles = ceil_divide(lanes, most_lanes);
+    cut.lanes = ceil_divide(lanes, cut.column_tiles);
+    cut.tile_columns = cut.lanes * vector;
+    cut.pitch = (cut.lanes - 1) * vector * step + ceil_divide((vector - 1) * step + span, vector) * vector;
+    const int64_t most_rows = (MOST_FLOATS / cut.pitch - span) / step + 1;
+    const uint64_t planes = static_cast<uint64_t>(p.batch) * p.channels;
+    const int64_t asked = p.tile.rows < most_rows ? p.tile.rows : most_rows;
+    cut.tile_rows =
+        choose_rows(rows, planes * cut.column_tiles * 1024, static_cast<int32_t>(asked), most_rows);
+    cut.row_tiles = ceil_divide(rows, cut.tile_rows);
+    cut.shared_rows = (cut.tile_rows - 1) * step + span;
+    const uint64_t per_plane = static_cast<uint64_t>(cut.row_tiles) * cut.column_tiles;
+    if (per_plane * p.channels > static_cast<uint64_t>(LARGEST_COUNT / p.batch)) {
+        return "the map is too large: it has more than 2^31 tiles";
+    }
+    cut.segments = static_cast<uint32_t>(p.batch * per_plane);
+    // Small planes share a block, as long as there are enough of them for every multiprocessor.
+    const uint64_t wanted = BLOCKS_WANTED * static_cast<uint64_t>(multiprocessor_count());
+    const int64_t by_blocks = static_cast<int64_t>(cut.segments * static_cast<uint64_t>(p.channels) / wanted);
+    const int64_t by_memory = MOST_FLOATS / (cut.shared_rows * cut.pitch);
+    int64_t at_once = THREADS / cut.lanes;
+    for (const int64_t limit : {by_blocks, by_memory, static_cast<int64_t>(cut.segments)}) {
+        at_once = limit < at_once ? limit : at_once;
+    }
+    cut.segments_at_once = static_cast<uint32_t>(at_once < 1 ? 1 : at_once);
+    cut.strip_rows = ceil_divide(cut.tile_rows, THREADS / (cut.lanes * cut.segments_at_once));
+    cut.strips = ceil_divide(cut.tile_rows, cut.strip_rows);
+    cut.rounds = 1;
+    return nullptr;
 }
 
 struct ForwardPlan {
@@ -145,8 +195,9 @@ int forward_columns(const DepthwiseProblem& p, int vector) {
 
 const char* plan_forward(const DepthwiseForwardParams& params, ForwardPlan& plan) {
     const DepthwiseProblem& p = params.problem;
-    const int most = p.kernel == 7 ? 2 : (p.kernel == 3 && p.stride == 1 ? 8 : 4);
-    plan.vector = choose_vector(most, p.tile.vector, p, p.x, p.residual, params.out, params.raw);
+    const int most = p.planes ? 4 : (p.kernel == 7 ? 2 : (p.kernel == 3 && p.stride == 1 ? 8 : 4));
+    plan.vector = choose_vector(most, p.tile.vector, p.planes ? std::gcd(p.width, p.out_width) : p.channels,
+                                p, p.x, p.residual, params.out, params.raw);
     plan.columns = p.tile.columns != 0 ? p.tile.columns : forward_columns(p, plan.vector);
     if (plan.columns < 1 || plan.columns > 64) {
         return "columns is not between 1 and 64";
@@ -154,6 +205,12 @@ const char* plan_forward(const DepthwiseForwardParams& params, ForwardPlan& plan
     ForwardArguments& a = plan.arguments;
     a = {};
     a.params = params;
+    if (p.planes) {
+        FUSED_OPS_TRY(cut_planes(p, p.out_height, p.out_width, plan.vector, p.stride, p.kernel, a.planes));
+        plan.parts = ceil_divide(a.planes.segments, a.planes.segments_at_once);
+        plan.blocks = plan.parts * static_cast<uint32_t>(p.channels);
+        return nullptr;
+    }
     a.cut = cut_channels(p.channels, plan.vector);
     a.walkers_per_block = THREADS / a.cut.lanes;
     a.column_tiles = ceil_divide(p.out_width, plan.columns);
@@ -188,20 +245,21 @@ int64_t walk_extent(int64_t size, int64_t pad, int kernel, int stride, int32_t& 
 
 // Parts whose sums, float32 written and read once, weigh at most 7 % of the three maps that every backward
 // pass moves. More only where there would be fewer blocks than multiprocessors.
-uint32_t most_parts(const DepthwiseProblem& p, const BackwardArguments& a) {
-    if (a.part_rows == 0) {
+uint32_t most_parts(const DepthwiseProblem& p, uint32_t channel_blocks, uint32_t part_rows) {
+    if (part_rows == 0) {
         return UINT32_MAX;
     }
     const int64_t maps = 3 * p.batch * p.out_height * p.out_width * element_size(p.type);
-    const int64_t affordable = 7 * maps / (100 * 2 * static_cast<int64_t>(sizeof(float)) * a.part_rows);
-    const int64_t least = ceil_divide(multiprocessor_count(), a.cut.blocks);
+    const int64_t affordable = 7 * maps / (100 * 2 * static_cast<int64_t>(sizeof(float)) * part_rows);
+    const int64_t least = ceil_divide(multiprocessor_count(), channel_blocks);
     return static_cast<uint32_t>(affordable > least ? affordable : least);
 }
 
 const char* plan_backward(const DepthwiseBackwardParams& params, BackwardPlan& plan) {
     const DepthwiseProblem& p = params.problem;
-    plan.vector = choose_vector(p.kernel == 3 ? 4 : 2, p.tile.vector, p, p.x, p.residual, params.grad,
-                                params.raw, params.x_grad, params.residual_grad);
+    plan.vector = choose_vector(p.planes ? 4 / p.stride : (p.kernel == 3 ? 4 : 2), p.tile.vector,
+                                p.planes ? std::gcd(p.width, p.out_width) : p.channels, p, p.x, p.residual,
+                                params.grad, params.raw, params.x_grad, params.residual_grad);
     plan.columns = p.tile.columns != 0 ? p.tile.columns : (p.stride == 1 ? 4 : 2);
     if (plan.columns < 1 || plan.columns > 64) {
         return "columns is not between 1 and 64";
@@ -209,10 +267,32 @@ const char* plan_backward(const DepthwiseBackwardParams& params, BackwardPlan& p
     BackwardArguments& a = plan.arguments;
     a = {};
     a.params = params;
+    a.need_weight = params.weight_grad.data != nullptr;
+    a.need_bias = params.bias_grad.data != nullptr;
+    const bool norm_grads = params.norm_weight_grad.data != nullptr || params.norm_bias_grad.data != nullptr;
+    a.need_sums = !batch_after(p) && (norm_grads || (batch_before(p) && params.x_grad.data != nullptr));
+    a.need_x = params.x_grad.data != nullptr || (a.need_sums && p.norm == NormPlacement::pre);
+    a.part_rows = (a.need_weight ? p.kernel * p.kernel : 0) + (a.need_bias ? 1 : 0) + (a.need_sums ? 2 : 0);
+    const int64_t rows = walk_extent(p.height, p.pad_h, p.kernel, p.stride, a.first_row);
+    int64_t columns = walk_extent(p.width, p.pad_w, p.kernel, p.stride, a.first_column);
+    if (p.planes) {
+        // Vectors of x begin where the walk does.
+        if (a.first_column % p.stride != 0) {
+            plan.vector = 1;
+        }
+        const int before = a.first_column & (plan.vector - 1);
+        a.first_column -= before;
+        columns += before / p.stride;
+        PlaneCut& cut = a.planes;
+        FUSED_OPS_TRY(cut_planes(p, rows, columns, plan.vector, 1, (p.kernel - 1) / p.stride + 1, cut));
+        plan.parts = ceil_divide(cut.segments, cut.segments_at_once);
+        cut.rounds = ceil_divide(plan.parts, most_parts(p, static_cast<uint32_t>(p.channels), a.part_rows));
+        plan.parts = ceil_divide(plan.parts, cut.rounds);
+        plan.blocks = plan.parts * static_cast<uint32_t>(p.channels);
+        return nullptr;
+    }
     a.cut = cut_channels(p.channels, plan.vector);
     a.walkers_per_block = THREADS / a.cut.lanes;
-    const int64_t rows = walk_extent(p.height, p.pad_h, p.kernel, p.stride, a.first_row);
-    const int64_t columns = walk_extent(p.width, p.pad_w, p.kernel, p.stride, a.first_column);
     const uint32_t tiles = ceil_divide(columns, plan.columns);
     // Equal blocks of columns; where one block takes the whole width, several strips or images share a block
     // of threads, as far as the shared memory of three blocks goes on a multiprocessor, or 48 KiB.
@@ -245,14 +325,8 @@ const char* plan_backward(const DepthwiseBackwardParams& params, BackwardPlan& p
     a.segments = static_cast<uint32_t>(p.batch * per_image);
     // A small map would leave most segments of its only block idle, and its shared memory unused.
     a.segments_per_block = a.segments_per_block < a.segments ? a.segments_per_block : a.segments;
-    a.need_weight = params.weight_grad.data != nullptr;
-    a.need_bias = params.bias_grad.data != nullptr;
-    const bool norm_grads = params.norm_weight_grad.data != nullptr || params.norm_bias_grad.data != nullptr;
-    a.need_sums = !batch_after(p) && (norm_grads || (batch_before(p) && params.x_grad.data != nullptr));
-    a.need_x = params.x_grad.data != nullptr || (a.need_sums && p.norm == NormPlacement::pre);
-    a.part_rows = (a.need_weight ? p.kernel * p.kernel : 0) + (a.need_bias ? 1 : 0) + (a.need_sums ? 2 : 0);
     plan.parts = ceil_divide(a.segments, a.segments_per_block);
-    a.rounds = ceil_divide(plan.parts, most_parts(p, a));
+    a.rounds = ceil_divide(plan.parts, most_parts(p, a.cut.blocks, a.part_rows));
     plan.parts = ceil_divide(plan.parts, a.rounds);
     plan.blocks = plan.parts * a.cut.blocks;
     return nullptr;
@@ -267,10 +341,24 @@ struct PointwisePlan {
 template <typename... Maps>
 const char* plan_pointwise(const DepthwiseProblem& p, int64_t height, int64_t width, PointwisePlan& plan,
                            const Maps&... maps) {
-    plan.vector = choose_vector(8, 0, p, maps...);
+    // Planes without gaps between their rows are one row, which longer vectors may divide.
+    const bool one_row =
+        p.planes && ((maps.data == nullptr || maps.strides.h == width || height == 1) && ...);
+    if (one_row) {
+        width *= height;
+        height = 1;
+    }
+    const auto seen = [&](Map map) {
+        map.strides.h = one_row ? 0 : map.strides.h;
+        return map;
+    };
+    plan.vector = choose_vector(8, 0, p.planes ? width : p.channels, p, seen(maps)...);
+    width /= p.planes ? plan.vector : 1;
     PointwiseArguments& a = plan.arguments;
     a = {};
-    a.cut = cut_channels(p.channels, plan.vector);
+    a.planes = p.planes;
+    const auto channels = static_cast<uint32_t>(p.channels);
+    a.cut = p.planes ? ChannelCut{channels, channels, 1} : cut_channels(p.channels, plan.vector);
     a.walkers = THREADS / a.cut.lanes;
     a.channels = p.channels;
     a.positions = p.batch * height * width;
@@ -300,11 +388,6 @@ const char* plan_pointwise(const DepthwiseProblem& p, int64_t height, int64_t wi
     a.residual = p.identity ? p.x : p.residual;
     return nullptr;
 }
-
-#define FUSED_OPS_TRY(CALL)           \
-    if (const char* error = (CALL)) { \
-        return error;                 \
-    }
 
 // Calls `function` with a value of the element type.
 template <typename Function>

@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 # What this package expects of the library; INTERFACE in csrc/build.py has the same number.
-INTERFACE = 2
+INTERFACE = 3
 
 REMEDY = "`python csrc/build.py library` in the checkout builds it"
 

@@ -19,9 +19,33 @@ STATISTICS_STAGE, RESULT_STAGE = 1, 2
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 
-# Channels per thread (at most), columns per thread, rows per strip of the convolution; 0 leaves each to the
-# launcher.
+# Channels per thread at most (columns on NCHW maps), columns per thread, rows per strip of the convolution; 0
+# leaves each to the launcher.
 AUTOMATIC = (0, 0, 0)
+
+
+def _on_planes(call: Any) -> tuple[bool | None, str]:
+    """Whether columns lie side by side in every map (NCHW), or channels do; None and why if neither."""
+    x = call.x
+    channels_last = library.is_channels_last(x)
+    # Where both layouts describe the strides, and in an empty batch, the order does not matter.
+    either = all(min(b, c - 1, h * w - 1) <= 0 for b, c, h, w in (x.shape, call.output_shape))
+    reason = ""
+    for planes, dimension in ((False, 1), (True, 3)):
+        if not either and planes == channels_last:
+            continue
+        maps = (("x", x), ("residual", call.residual))
+        bad = [(name, map_) for name, map_ in maps if map_ is not None and _gap(map_, dimension)]
+        if not bad:
+            return planes, ""
+        order = "neighbouring columns (NCHW)" if planes else "neighbouring channels (channels_last)"
+        reason = f"{bad[0][0]} has strides {bad[0][1].stride()}; the CUDA kernels need {order}"
+    return None, reason
+
+
+def _gap(tensor: Tensor, dimension: int) -> bool:
+    """Whether elements along a dimension are not neighbours in memory."""
+    return tensor.shape[dimension] > 1 and tensor.stride(dimension) != 1
 
 
 def can_run(call: Any) -> tuple[bool, str]:
@@ -44,16 +68,11 @@ def can_run(call: Any) -> tuple[bool, str]:
         tensor = getattr(call, name)
         if tensor is not None and tensor.dtype not in native.SCALAR_TYPES:
             return False, f"{name} is {tensor.dtype}; the CUDA kernels read float32, float16 and bfloat16"
-    channels = x.shape[1]
-    for name, tensor in (("x", x), ("residual", call.residual)):
-        if tensor is not None and channels > 1 and tensor.stride(1) != 1:
-            return False, f"{name} has strides {tensor.stride()}; the CUDA kernels read channels_last"
-    height, width = call.output_shape[2:]
-    # Where both layouts describe the strides, and in an empty batch, the order does not matter.
-    if min(x.shape[0], channels - 1, height * width - 1) > 0 and not library.is_channels_last(x):
-        return False, "the output would be in NCHW order; the CUDA kernels write channels_last"
-    if min(x.shape[1:]) < 1 or min(height, width) < 1:
+    if min(x.shape[1:]) < 1 or min(call.output_shape[2:]) < 1:
         return False, f"the map is empty, {tuple(x.shape)}"
+    planes, reason = _on_planes(call)
+    if planes is None:
+        return False, reason
     if x.shape[0] == 0 and call.batch_stats:
         return False, "the batch is empty and its statistics are needed; the CUDA kernels need elements"
     if x.is_cuda:
@@ -120,7 +139,7 @@ def backward(
 
     Args:
         call: the forward's call, with ``mean`` and ``var`` the statistics that it normalised with.
-        grad: (B, C, Ho, Wo) in any layout; copied where channels are not side by side.
+        grad: (B, C, Ho, Wo) in any layout; copied where it does not have that of x.
         raw: the convolution's output, or None where nothing needs it.
         needs: which of x, weight, bias, norm_weight, norm_bias, residual get a gradient.
         gradients: outputs for them, absent ones empty.
@@ -131,8 +150,9 @@ def backward(
             if needed:
                 gradient.zero_()
         return gradients
-    if grad.shape[1] > 1 and grad.stride(1) != 1:
-        grad = grad.contiguous(memory_format=torch.channels_last)
+    planes, _ = _on_planes(call)
+    if _gap(grad, 3 if planes else 1):
+        grad = grad.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
     batch_pre = call.norm == "pre" and call.batch_stats
     group = call.group
     if batch_pre and not any(needs[index] for index in (0, 3, 4)):
@@ -162,15 +182,18 @@ def backward(
 
 
 @cache
-def _tuned_name(direction: str, kernel: int, stride: int, dtype: torch.dtype) -> str:
+def _tuned_name(direction: str, planes: bool, kernel: int, stride: int, dtype: torch.dtype) -> str:
     """Under which the tile of a convolution is tuned."""
-    return f"{direction} cuda {kernel}x{kernel} stride {stride} {str(dtype).removeprefix('torch.')}"
+    layout = "nchw" if planes else "channels_last"
+    dtype = str(dtype).removeprefix("torch.")
+    return f"{direction} cuda {layout} {kernel}x{kernel} stride {stride} {dtype}"
 
 
 def tiles(kernel: str, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Tiles worth measuring: narrower vectors, and strips of other lengths."""
     rows = [rows for rows in (7, 14, 28, 56) if rows <= sizes[1]] or [0]
-    return [(vector, 0, count) for vector in (1, 2, 4, 8) for count in rows]
+    vectors = (1, 2, 4) if " nchw " in kernel else (1, 2, 4, 8)
+    return [(vector, 0, count) for vector in vectors for count in rows]
 
 
 def _run(
@@ -178,7 +201,8 @@ def _run(
 ) -> None:
     """Call a launch sequence, in two stages with ``exchange`` between them for a process group."""
     if tile is None:
-        kernel = _tuned_name(name, call.kernel_size[0], call.stride[0], call.x.dtype)
+        planes, _ = _on_planes(call)
+        kernel = _tuned_name(name, bool(planes), call.kernel_size[0], call.stride[0], call.x.dtype)
         tile = tuning.tile_of(kernel, call.sizes(), lambda: AUTOMATIC, call.x)
     if call.x.is_cuda:
         operator = getattr(native.library(), name)

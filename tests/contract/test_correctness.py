@@ -33,6 +33,8 @@ KERNELS = [
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 # Every dtype on the working layout, and every layout in one dtype.
 VARIANTS = [(dtype, "channels_last") for dtype in LOW_PRECISION] + [(torch.float32, "slice")]
+# The CUDA kernels on NCHW maps are others; Triton's read any strides.
+CUDA_VARIANTS = [*VARIANTS, (torch.float32, "nchw"), (torch.bfloat16, "nchw")]
 
 
 def forced(operator, backend, arguments, *, gradients=True):
@@ -44,13 +46,16 @@ def forced(operator, backend, arguments, *, gradients=True):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "layout"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize(
-    ("operator", "case", "backend"),
+    ("operator", "case", "backend", "dtype", "layout"),
     [
-        pytest.param(*case.values, backend, id=f"{backend}-{case.id}")
+        pytest.param(
+            *(*case.values, backend, dtype, layout),
+            id=f"{backend}-{case.id}-{str(dtype).removeprefix('torch.')}-{layout}",
+        )
         for case in operator_cases("tiny")
         for backend in kernel_backends(case.values[0])
+        for dtype, layout in (CUDA_VARIANTS if backend == "cuda" else VARIANTS)
     ],
 )
 def test_three_way(operator, case, backend, dtype, layout, device, request):
@@ -180,7 +185,7 @@ class TestKernels:
         weight = torch.randn(x.shape[1], 1, 3, 3, device=device)
         with fused_ops.backend(backend), torch.no_grad():
             if backend in declined_by:
-                with pytest.raises(fused_ops.BackendUnavailableError, match="channels_last"):
+                with pytest.raises(fused_ops.BackendUnavailableError, match="kernels need neighbouring"):
                     operator.function(x, weight, padding=1)
                 return
             out = operator.function(x, weight, padding=1)

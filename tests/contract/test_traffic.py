@@ -44,9 +44,16 @@ def copy_kernel(source, target, BLOCK: tl.constexpr):
         ("cuda", "post_train_silu", {"forward", "backward"}),
         ("cuda", "post_eval_relu6", {"forward", "backward"}),
         ("cuda", "conv", {"forward", "backward"}),
+        ("cuda nchw", "identity", {"forward", "backward"}),
+        ("cuda nchw", "pre_train", {"forward", "backward"}),
+        ("cuda nchw", "post_train_silu", {"forward", "backward"}),
+        ("cuda nchw", "post_eval_relu6", {"forward", "backward"}),
+        ("cuda nchw", "kernel5_train", {"forward", "backward"}),
+        ("cuda nchw", "stride2_train", {"forward", "backward"}),
     ],
 )
 def test_counted_bytes(backend, name, directions, request):
+    backend, _, layout = backend.partition(" ")
     require(backend, "cpu", request)
     operator = library.operators()["depthwise"]
     case = case_named(f"traffic_{name}")
@@ -55,7 +62,7 @@ def test_counted_bytes(backend, name, directions, request):
         backend,
         case.name,
         lambda: case.make(
-            torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), "channels_last"
+            torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), layout or "channels_last"
         ),
     )
     totals = {row["direction"]: row for row in rows if row["kernel"] == "total"}
@@ -118,7 +125,7 @@ def test_partial_sums_of_real_models_weigh_less_than_a_tenth(backend, emulator):
     """The maps themselves move once per pass, as the counts above show; these are written and read once."""
     operator = library.operators()["depthwise"]
     for case in operator.cases():
-        if "model" not in case.tags or (backend == "cuda" and case.layout == "nchw"):
+        if "model" not in case.tags:
             continue
         calls = []
         with FakeTensorMode():

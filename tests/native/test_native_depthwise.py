@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from support.contract import ACTIVATIONS
 
-from fused_ops.core import native
+from fused_ops.core import library, native
 from fused_ops.depthwise import cuda
 from fused_ops.depthwise.op import DepthwiseCall
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 
 
 def channels_last(*shape, dtype=torch.float32, spare=0, device="cpu"):
@@ -21,6 +22,15 @@ def channels_last(*shape, dtype=torch.float32, spare=0, device="cpu"):
     n, c, h, w = shape
     wide = torch.randn(n, h, w, c + spare).to(device=device, dtype=dtype)
     return wide.permute(0, 3, 1, 2)[:, :c]
+
+
+def planes(*shape, dtype=torch.float32, spare=0, device="cpu"):
+    """A random NCHW map; with ``spare``, a column slice of a wider one."""
+    n, c, h, w = shape
+    return torch.randn(n, c, h, w + spare).to(device=device, dtype=dtype)[..., :w]
+
+
+MAPS = {"channels_last": channels_last, "nchw": planes}
 
 
 def make_call(x, *, padding=(1, 1), norm="none", affine=True, bias=True, activation="none", **options):
@@ -34,7 +44,7 @@ def make_call(x, *, padding=(1, 1), norm="none", affine=True, bias=True, activat
     )
     residual = None
     if mode != "none" and not identity:
-        residual = channels_last(
+        residual = (channels_last if library.is_channels_last(x) else planes)(
             x.shape[0], channels, height, width, dtype=x.dtype, spare=options.pop("spare", 0), device=device
         )
     has_norm = norm != "none"
@@ -79,9 +89,7 @@ def expected(call):
 
 
 def empty_output(call):
-    shape = call.output_shape
-    out = torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last)
-    return out.fill_(float("nan"))
+    return library.empty(call.output_shape, call.x).fill_(float("nan"))
 
 
 def launch(call, out, tile=cuda.AUTOMATIC):
@@ -114,42 +122,49 @@ def check(call, out):
     [(2, 8, 9, 7), (1, 1, 1, 1), (1, 1, 5, 6), (3, 3, 4, 5), (1, 20, 13, 6), (2, 64, 7, 7), (1, 257, 3, 2)],
     ids=str,
 )
-def test_shapes(emulator, dtype, shape):
-    call = make_call(channels_last(*shape, dtype=dtype))
+@LAYOUTS
+def test_shapes(emulator, layout, dtype, shape):
+    call = make_call(MAPS[layout](*shape, dtype=dtype))
     check(call, run(call))
 
 
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
 @pytest.mark.parametrize("residual_mode", ["none", "before", "after", "identity before", "identity after"])
-def test_every_combination_of_options(emulator, norm, residual_mode):
+@LAYOUTS
+def test_every_combination_of_options(emulator, layout, norm, residual_mode):
     identity = residual_mode.startswith("identity")
     mode = residual_mode.removeprefix("identity ")
     for activation, dtype in itertools.product(ACTIVATIONS, DTYPES):
-        x = channels_last(1, 16, 5, 6, dtype=dtype)
+        x = MAPS[layout](1, 16 if layout == "channels_last" else 2, 5, 6, dtype=dtype)
         call = make_call(x, norm=norm, activation=activation, residual_mode=mode, identity=identity)
         check(call, run(call))
 
 
 @pytest.mark.parametrize("padding", [(0, 0), (1, 0), (2, 1), (3, 5)], ids=str)
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_padding_is_zero_after_the_norm(emulator, padding, norm):
-    call = make_call(channels_last(2, 12, 5, 4), padding=padding, norm=norm, residual_mode="after")
+@LAYOUTS
+def test_padding_is_zero_after_the_norm(emulator, layout, padding, norm):
+    call = make_call(MAPS[layout](2, 12, 5, 4), padding=padding, norm=norm, residual_mode="after")
     check(call, run(call))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spare", [1, 2, 4, 8])
-def test_channel_slices(emulator, dtype, spare):
-    x = channels_last(2, 16, 6, 5, dtype=dtype, spare=spare)
+@LAYOUTS
+def test_slices(emulator, layout, dtype, spare):
+    x = MAPS[layout](2, 16, 6, 8, dtype=dtype, spare=spare)
     call = make_call(x, norm="post", residual_mode="before", spare=spare)
     check(call, run(call))
 
 
-def test_crops_and_expanded_maps(emulator):
-    whole = channels_last(2, 8, 9, 9)
-    for x in (whole[:, :, 1:7, 2:8], whole[:, :, ::2, ::3], whole[:1].expand(3, -1, -1, -1)):
+@LAYOUTS
+def test_crops_and_expanded_maps(emulator, layout):
+    whole = MAPS[layout](2, 8, 9, 9)
+    views = [whole[:, :, 1:7, 2:8], whole[:1].expand(3, -1, -1, -1), whole[:, :, ::2]]
+    views.append(whole[:, :, ::2, ::3] if layout == "channels_last" else whole[:, ::3, :, 1:])
+    for x in views:
         call = make_call(x)
-        check(call, launch(call, empty_output(call)))
+        check(call, launch(call, MAPS[layout](*call.output_shape)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -165,9 +180,10 @@ def test_no_affine_and_no_bias(emulator):
         check(call, run(call))
 
 
-def test_mean_far_above_the_deviation(emulator):
+@LAYOUTS
+def test_mean_far_above_the_deviation(emulator, layout):
     for norm in ("pre", "post"):
-        x = channels_last(1, 8, 6, 6)
+        x = MAPS[layout](1, 8, 6, 6)
         call = make_call(x + 1000, norm=norm, bias=False)
         if norm == "pre":
             call.mean = torch.full((8,), 1000.0)
@@ -180,8 +196,9 @@ def test_mean_far_above_the_deviation(emulator):
         assert error.max() < 2e-3
 
 
-def test_infinities_and_nan_come_out_as_from_torch(emulator):
-    x = channels_last(1, 4, 4, 4)
+@LAYOUTS
+def test_infinities_and_nan_come_out_as_from_torch(emulator, layout):
+    x = MAPS[layout](1, 4, 4, 4)
     x[0, 0, 1, 1], x[0, 1, 2, 2], x[0, 2, 0, 0] = float("nan"), float("inf"), float("-inf")
     for activation in ACTIVATIONS:
         call = make_call(x, activation=activation)
@@ -192,10 +209,10 @@ def test_infinities_and_nan_come_out_as_from_torch(emulator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_vector_width_and_strip_gives_the_same_bits(emulator, dtype):
-    call = make_call(
-        channels_last(2, 16, 11, 7, dtype=dtype), norm="pre", residual_mode="before", identity=True
-    )
+@LAYOUTS
+def test_every_vector_width_and_strip_gives_the_same_bits(emulator, layout, dtype):
+    shape = (2, 16, 11, 7) if layout == "channels_last" else (3, 2, 11, 16)
+    call = make_call(MAPS[layout](*shape, dtype=dtype), norm="pre", residual_mode="before", identity=True)
     first = run(call)
     check(call, first)
     widths = (1, 2, 4) if dtype == torch.float32 else (1, 2, 4, 8)
@@ -205,11 +222,14 @@ def test_every_vector_width_and_strip_gives_the_same_bits(emulator, dtype):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_kernel_sizes_and_strides(emulator, kernel, stride):
+@LAYOUTS
+def test_kernel_sizes_and_strides(emulator, layout, kernel, stride):
     """Every vector width that is compiled, odd and even sizes, and padding other than kernel // 2."""
     shapes = ((2, 16, 9, 7), (1, 6, 8, 10), (1, 3, 7, 12))
+    if layout == "nchw":
+        shapes = ((2, 2, 9, 16), (1, 3, 8, 12), (2, 2, 7, 5))
     for (shape, pad), dtype in itertools.product(zip(shapes, (kernel // 2, 0, 4), strict=True), DTYPES):
-        x = channels_last(*shape, dtype=dtype)
+        x = MAPS[layout](*shape, dtype=dtype)
         padding = (pad, kernel // 2)
         for norm, mode in (("pre", "none"), ("post", "before")):
             call = make_call(
@@ -219,12 +239,14 @@ def test_kernel_sizes_and_strides(emulator, kernel, stride):
             first = run(call)
             check(call, first)
             for width in (1, 2, 4):
-                if shape[1] % width == 0 and not (kernel == 7 and width == 4):
+                if layout == "nchw" or (shape[1] % width == 0 and not (kernel == 7 and width == 4)):
                     assert torch.equal(first, run(call, (width, 0, 3)))
 
 
-def test_repeats_are_bit_equal_on_concurrent_threads(emulator):
-    call = make_call(channels_last(1, 20, 6, 5), norm="post", residual_mode="after")
+@LAYOUTS
+def test_repeats_are_bit_equal_on_concurrent_threads(emulator, layout):
+    shape = (1, 20, 6, 5) if layout == "channels_last" else (2, 2, 6, 5)
+    call = make_call(MAPS[layout](*shape), norm="post", residual_mode="after")
     first = run(call)
     emulator.set_mode("concurrent")
     for _ in range(10):
@@ -239,20 +261,23 @@ def test_empty_batch(emulator):
     assert emulator.traffic()["launches"] == 0
 
 
-def test_nothing_outside_the_maps_is_touched(emulator):
+@LAYOUTS
+def test_nothing_outside_the_maps_is_touched(emulator, layout):
     """Canaries around the output stay, and every address that is read belongs to an argument."""
     for shape, dtype in itertools.product([(1, 3, 5, 5), (2, 8, 4, 7), (1, 20, 3, 3)], DTYPES):
         n, c, h, w = shape
         spare = 8
-        x = channels_last(*shape, dtype=dtype, spare=spare)
+        x = MAPS[layout](*shape, dtype=dtype, spare=spare)
         call = make_call(x, norm="pre", residual_mode="before")
-        band = torch.full((n + 2, h + 2, w + 2, c + spare), 7.0, dtype=dtype)
-        out = band[1:-1, 1:-1, 1:-1, :c].permute(0, 3, 1, 2)
+        inner, last = ((h, w, c), c) if layout == "channels_last" else ((c, h, w), w)
+        band = torch.full((n + 2, inner[0] + 2, inner[1] + 2, last + spare), 7.0, dtype=dtype)
+        out = band[1:-1, 1:-1, 1:-1, :last]
+        out = out.permute(0, 3, 1, 2) if layout == "channels_last" else out
         before = band.clone()
         launch(call, out)
         check(call, out)
         inside = torch.zeros_like(band, dtype=torch.bool)
-        inside[1:-1, 1:-1, 1:-1, :c] = True
+        inside[1:-1, 1:-1, 1:-1, :last] = True
         assert torch.equal(band[~inside], before[~inside])
 
         def addresses(tensor):
@@ -274,8 +299,9 @@ def test_nothing_outside_the_maps_is_touched(emulator):
         assert written == addresses(out)
 
 
-def test_traffic(emulator):
-    x = channels_last(2, 32, 14, 14, dtype=torch.float16)
+@LAYOUTS
+def test_traffic(emulator, layout):
+    x = MAPS[layout](2, 32, 14, 14, dtype=torch.float16)
     call = make_call(x, bias=False, residual_mode="after", identity=True)
     run(call)
     traffic = emulator.traffic()
@@ -290,8 +316,9 @@ def test_traffic(emulator):
     assert emulator.traffic()["counted_bytes"] == 0
 
 
-def test_a_vector_that_memory_does_not_allow_is_narrowed(emulator):
-    call = make_call(channels_last(1, 8, 4, 4, spare=1))
+@LAYOUTS
+def test_a_vector_that_memory_does_not_allow_is_narrowed(emulator, layout):
+    call = make_call(MAPS[layout](1, 8, 4, 4, spare=1))
     check(call, run(call, (4, 0, 0)))
 
 
@@ -309,10 +336,13 @@ def test_wrong_arguments_are_refused(emulator):
         launch(call, empty_output(call))
 
 
-def test_offsets_beyond_32_bits(emulator):
+@pytest.mark.parametrize(
+    "strides", [(2**31 + 8, 1, 32, 8), (2**31 + 8, 16, 4, 1)], ids=["channels_last", "nchw"]
+)
+def test_offsets_beyond_32_bits(emulator, strides):
     """Images more than 2**31 elements apart; only the touched pages of the storage take memory."""
     storage = torch.empty(2**31 + 4096, dtype=torch.float16)
-    x = torch.as_strided(storage, (2, 8, 4, 4), (2**31 + 8, 1, 32, 8))
+    x = torch.as_strided(storage, (2, 8, 4, 4), strides)
     x.copy_(torch.randn(2, 8, 4, 4))
     call = make_call(x)
     check(call, run(call))
@@ -340,8 +370,10 @@ REFUSALS = {
     "bias is torch.float64; the CUDA kernels read float32, float16 and bfloat16": {
         "bias": torch.zeros(4, dtype=torch.float64)
     },
-    "x has strides (64, 16, 4, 1); the CUDA kernels read channels_last": {"x": torch.zeros(1, 4, 4, 4)},
-    "residual has strides (64, 16, 4, 1); the CUDA kernels read channels_last": {
+    "x has strides (64, 16, 1, 4); the CUDA kernels need neighbouring columns (NCHW)": {
+        "x": torch.zeros(1, 4, 4, 4).transpose(2, 3)
+    },
+    "residual has strides (64, 16, 4, 1); the CUDA kernels need neighbouring channels (channels_last)": {
         "residual": torch.zeros(1, 4, 4, 4)
     },
     "the batch is empty and its statistics are needed; the CUDA kernels need elements": {
@@ -365,17 +397,19 @@ def test_without_an_emulator_a_cpu_tensor_is_refused():
     assert cuda.can_run(call) == (False, "x is on cpu; the CUDA backend needs a CUDA tensor")
 
 
-def test_can_run_on_fake_tensors(emulator):
+@LAYOUTS
+def test_can_run_on_fake_tensors(emulator, layout):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        assert cuda.can_run(make_call(channels_last(1, 4, 4, 4), norm="post")) == (True, "")
+        assert cuda.can_run(make_call(MAPS[layout](1, 4, 4, 4), norm="post")) == (True, "")
 
 
-def test_the_operator_runs_it(emulator):
+@LAYOUTS
+def test_the_operator_runs_it(emulator, layout):
     import fused_ops
 
-    x = channels_last(1, 8, 6, 6)
+    x = MAPS[layout](1, 8, 6, 6)
     weight = torch.randn(8, 1, 3, 3)
     with fused_ops.backend("cuda"), torch.no_grad():
         out = fused_ops.depthwise_conv(x, weight, padding=1, activation="silu", residual=x)
@@ -387,12 +421,13 @@ def test_the_operator_runs_it(emulator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
 @pytest.mark.parametrize("shape", [(2, 64, 56, 56), (1, 3, 5, 7), (3, 20, 13, 6), (1, 257, 9, 9)], ids=str)
-def test_on_the_gpu(dtype, norm, shape):
+@LAYOUTS
+def test_on_the_gpu(layout, dtype, norm, shape):
     ok, reason = native.status()
     if not ok:
         pytest.skip(reason)
     for activation, mode in itertools.product(ACTIVATIONS, ("none", "before", "identity after")):
-        x = channels_last(*shape, dtype=dtype, device="cuda", spare=8)
+        x = MAPS[layout](*shape, dtype=dtype, device="cuda", spare=8)
         identity = mode.startswith("identity")
         call = make_call(
             x,

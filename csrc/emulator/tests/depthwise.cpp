@@ -23,7 +23,8 @@ using T = float16;
 
 struct Shape {
     int n, c, h, w, kernel, stride, pad;
-    int spare_channels;  // the map is a slice of one with this many more channels
+    int spare;  // the map is a slice of one with this many more channels, of planes columns
+    bool planes = false;
 };
 
 std::mt19937 generator(0);
@@ -32,18 +33,22 @@ float random_value() {
     return std::normal_distribution<float>()(generator);
 }
 
-// A channels_last map, allocated up to its last element and not one further.
+// A channels_last or NCHW map, allocated up to its last element and not one further.
 struct FeatureMap {
-    FeatureMap(int n, int c, int h, int w, int spare)
-        : strides{int64_t{h} * w * (c + spare), int64_t{w} * (c + spare), c + spare},
-          values(n * strides.n - spare) {
+    FeatureMap(const Shape& shape, int h, int w, int spare)
+        : strides(shape.planes
+                      ? MapStrides{int64_t{shape.c} * h * (w + spare), int64_t{h} * (w + spare), w + spare, 1}
+                      : MapStrides{int64_t{h} * w * (shape.c + spare), 1, int64_t{w} * (shape.c + spare),
+                                   shape.c + spare}),
+          values(shape.n * strides.n - spare) {
         for (T& value : values) {
             value = from_float<T>(random_value());
         }
     }
-    double at(int n, int c, int h, int w) const {
-        return to_float(values[n * strides.n + h * strides.h + w * strides.w + c]);
+    int64_t index(int n, int c, int h, int w) const {
+        return n * strides.n + c * strides.c + h * strides.h + w * strides.w;
     }
+    double at(int n, int c, int h, int w) const { return to_float(values[index(n, c, h, w)]); }
     Map map() { return {values.data(), strides}; }
     MapStrides strides;
     std::vector<T> values;
@@ -68,13 +73,13 @@ struct Case {
         : shape(s),
           out_h((s.h + 2 * s.pad - s.kernel) / s.stride + 1),
           out_w((s.w + 2 * s.pad - s.kernel) / s.stride + 1),
-          x(s.n, s.c, s.h, s.w, s.spare_channels),
-          residual(s.n, s.c, out_h, out_w, s.spare_channels),
-          out(s.n, s.c, out_h, out_w, s.spare_channels),
-          raw(s.n, s.c, out_h, out_w, 0),
-          grad(s.n, s.c, out_h, out_w, s.spare_channels),
-          x_grad(s.n, s.c, s.h, s.w, 0),
-          residual_grad(s.n, s.c, out_h, out_w, 0),
+          x(s, s.h, s.w, s.spare),
+          residual(s, out_h, out_w, s.spare),
+          out(s, out_h, out_w, s.spare),
+          raw(s, out_h, out_w, 0),
+          grad(s, out_h, out_w, s.spare),
+          x_grad(s, s.h, s.w, 0),
+          residual_grad(s, out_h, out_w, 0),
           weight(random_vector(s.c * s.kernel * s.kernel, 0.0f, 1.0f / s.kernel)),
           bias(random_vector(s.c, 0.0f, 1.0f)),
           gamma(random_vector(s.c, 1.0f, 0.2f)),
@@ -98,6 +103,7 @@ struct Case {
         p.stride = shape.stride;
         p.pad_h = p.pad_w = shape.pad;
         p.type = ScalarType::float16;
+        p.planes = shape.planes;
         p.norm = norm;
         p.batch_stats = batch;
         p.eps = 1e-5f;
@@ -190,8 +196,7 @@ int check_convolution(const Shape& shape) {
                         sum += value * c.weight[index];
                         weight_grad[index] += value * grad;
                         magnitudes[index] += std::fabs(value * grad);
-                        x_grad[n * c.x_grad.strides.n + row * c.x_grad.strides.h +
-                               column * c.x_grad.strides.w + channel] += c.weight[index] * grad;
+                        x_grad[c.x_grad.index(n, channel, row, column)] += c.weight[index] * grad;
                     }
                     if (!near(c.out.at(n, channel, h, w), sum, k)) {
                         std::printf("out %d %d %d %d: %g and not %g\n", n, channel, h, w,
@@ -257,15 +262,19 @@ int main(int count, char** arguments) {
     }
 #if defined(__SANITIZE_THREAD__)
     // A launch takes most of a second under ThreadSanitizer.
-    const Shape convolutions[] = {{1, 8, 5, 6, 3, 1, 1, 0}};
-    const Shape sequences[] = {{2, 8, 5, 5, 3, 1, 1, 0}};
+    const Shape convolutions[] = {{1, 8, 5, 6, 3, 1, 1, 0}, {1, 1, 5, 6, 3, 1, 1, 0, true}};
+    const Shape sequences[] = {{2, 8, 5, 5, 3, 1, 1, 0}, {2, 1, 5, 6, 3, 1, 1, 0, true}};
 #else
-    const Shape convolutions[] = {{2, 1, 3, 3, 3, 1, 1, 0}, {2, 1, 5, 7, 3, 1, 1, 0},
-                                  {1, 3, 7, 5, 3, 2, 1, 0}, {2, 8, 5, 6, 3, 1, 2, 8},
-                                  {1, 8, 6, 5, 3, 2, 0, 3}, {1, 12, 5, 9, 5, 1, 2, 0},
-                                  {1, 6, 7, 8, 5, 2, 4, 0}, {1, 8, 8, 9, 7, 1, 3, 0},
-                                  {1, 4, 9, 8, 7, 2, 3, 2}, {1, 280, 3, 3, 3, 1, 1, 0}};
-    const Shape sequences[] = {{2, 8, 5, 5, 3, 1, 1, 0}, {2, 5, 6, 7, 5, 2, 2, 0}, {1, 6, 7, 8, 7, 1, 3, 0}};
+    const Shape convolutions[] = {
+        {2, 1, 3, 3, 3, 1, 1, 0},       {2, 1, 5, 7, 3, 1, 1, 0},         {1, 3, 7, 5, 3, 2, 1, 0},
+        {2, 8, 5, 6, 3, 1, 2, 8},       {1, 8, 6, 5, 3, 2, 0, 3},         {1, 12, 5, 9, 5, 1, 2, 0},
+        {1, 6, 7, 8, 5, 2, 4, 0},       {1, 8, 8, 9, 7, 1, 3, 0},         {1, 4, 9, 8, 7, 2, 3, 2},
+        {1, 280, 3, 3, 3, 1, 1, 0},     {2, 2, 5, 7, 3, 1, 1, 0, true},   {1, 2, 7, 8, 3, 2, 1, 4, true},
+        {1, 2, 5, 8, 5, 1, 2, 0, true}, {2, 1, 7, 8, 5, 2, 4, 0, true},   {1, 2, 8, 12, 7, 1, 3, 2, true},
+        {1, 1, 9, 8, 7, 2, 3, 0, true}, {1, 1, 3, 200, 3, 1, 2, 0, true}, {9, 1, 3, 3, 3, 1, 0, 1, true}};
+    const Shape sequences[] = {{2, 8, 5, 5, 3, 1, 1, 0},       {2, 5, 6, 7, 5, 2, 2, 0},
+                               {1, 6, 7, 8, 7, 1, 3, 0},       {2, 2, 4, 8, 3, 1, 1, 0, true},
+                               {2, 2, 6, 7, 5, 2, 2, 0, true}, {1, 2, 7, 8, 7, 1, 3, 0, true}};
 #endif
     int failures = 0;
     for (const Shape& shape : convolutions) {
