@@ -31,6 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops  # noqa: F401 (fills the registry)
 from fused_ops.bench.correctness import outputs
+from fused_ops.blocks.ds_block import DSBlock
+from fused_ops.blocks.ds_block import module as ds_block_module
+from fused_ops.blocks.ds_block import op as ds_block_op
+from fused_ops.blocks.ds_block import triton as ds_block_triton
 from fused_ops.core import backends, environment, library
 
 
@@ -252,11 +256,14 @@ def issue_slots(operator: str, call: Any, direction: str) -> float:
 
 
 @contextlib.contextmanager
-def kernels_chosen(chosen: list[tuple[str, Any, str]] | None = None) -> Iterator[None]:
+def kernels_chosen(
+    chosen: list[tuple[str, Any, str]] | None = None, whole_blocks: bool = True
+) -> Iterator[None]:
     """On fake tensors: operators take the backend that ``auto`` would take on a GPU that runs Triton.
 
     Args:
         chosen: collects operator, checked call and backend of every call, in order.
+        whole_blocks: blocks run as one operator where they can.
     """
 
     def choose(name: str, candidates: Sequence[backends.Backend], call: Any) -> backends.Backend:
@@ -271,6 +278,13 @@ def kernels_chosen(chosen: list[tuple[str, Any, str]] | None = None) -> Iterator
             chosen.append((name, call, picked.name))
         return picked
 
+    def choose_whole(name: str, candidates: Sequence[backends.Backend], call: Any) -> str | None:
+        if not whole_blocks or not candidates[0].can_run(call)[0]:
+            return None
+        if chosen is not None:
+            chosen.append((name, call, candidates[0].name))
+        return candidates[0].name
+
     with contextlib.ExitStack() as stack:
         # Nothing is launched on fake tensors, so any device will do.
         stack.enter_context(mock.patch.object(environment, "interpreting", return_value=True))
@@ -278,6 +292,7 @@ def kernels_chosen(chosen: list[tuple[str, Any, str]] | None = None) -> Iterator
         for operator in library.operators().values():
             module = sys.modules[operator.function.__module__]
             stack.enter_context(mock.patch.object(module, "choose", choose))
+        stack.enter_context(mock.patch.object(ds_block_module, "choose_whole", choose_whole))
         yield
 
 
@@ -461,7 +476,7 @@ class Counter(TorchDispatchMode):
         keywords = keywords or {}
         result = function(*arguments, **keywords)
         name = str(function.overloadpacket)
-        if function.namespace == "fused_ops" or name in _NO_LAUNCH:
+        if function.namespace == "fused_ops" or name in _NO_LAUNCH or function.is_view:
             return result
         inputs = tensors([list(arguments), dict(keywords)])
         outputs = tensors(list(result) if isinstance(result, (tuple, list)) else [result])
@@ -478,6 +493,103 @@ class Counter(TorchDispatchMode):
         return result
 
 
+class _Kernels:
+    """Stands for a backend of a family: counts what its launches move instead of launching them."""
+
+    def __init__(self, counter: Counter, family: Any) -> None:
+        self._counter, self._family = counter, family
+
+    def forward(self, call: Any, *_: Any) -> None:
+        self._count(call, "forward")
+
+    def backward(self, call: Any, *_: Any) -> None:
+        self._count(call, "backward")
+
+    def _count(self, call: Any, direction: str) -> None:
+        self._counter.launches += self._family.launch_count(call, direction)
+        self._counter.bytes += self._family.least_bytes(call, direction)
+
+
+@contextlib.contextmanager
+def _kernels_counted(counter: Counter) -> Iterator[None]:
+    """Let the DS-Block's launches count instead of launching: each tensor that one is given, once."""
+    families = library.operators()
+
+    def given(launches: int = 1, returns: int | None = None) -> Any:
+        def count(*arguments: Any) -> Any:
+            counter.launches += launches
+            counter.bytes += sum(map(_size, tensors(list(arguments))))
+            return None if returns is None else arguments[returns]
+
+        return count
+
+    def resampled(call: Any, out: Tensor, base: Tensor | None = None) -> Tensor:
+        resample.forward(call)
+        counter.bytes += 0 if base is None else _size(base)
+        return out
+
+    def folded(weight: Tensor, bias: Tensor, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = vectors[-1].new_empty(weight.shape), vectors[-1].new_empty(bias.shape)
+        given()(weight, bias, *out)
+        return out
+
+    resample = _Kernels(counter, families["resample"])
+    depthwise = _Kernels(counter, families["depthwise"])
+    attention = _Kernels(counter, families["attention"])
+
+    def attended(call: Any, out: Tensor) -> Tensor:
+        attention.forward(call)
+        return out
+
+    launches = ds_block_triton
+    patches = [
+        (launches, "_depthwise_kernels", lambda call, backend: depthwise if _takes(call) else None),
+        (launches.attention.triton, "forward", attended),
+        (launches.attention.triton, "backward", attention.backward),
+        (launches.resample, "forward", resampled),
+        (launches.resample, "backward", given()),
+        (launches.triton_wide, "scale_and_add", given()),
+        (launches.triton_norm, "batch_statistics", given(2)),
+        (launches.triton_norm, "normalised", given(returns=-1)),
+        (launches.triton_norm, "input_gradient", given(returns=-1)),
+        (launches.triton_norm, "fold", folded),
+        (launches.triton_norm, "folded_gradients", given()),
+    ]
+    for module, family in (
+        (launches.co_attention_triton, "co_attention"),
+        (launches.feed_forward_triton, "feed_forward"),
+    ):
+        kernels = _Kernels(counter, families[family])
+        patches += [(module, name, getattr(kernels, name)) for name in ("forward", "backward")]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        yield
+
+
+def _takes(call: Any) -> bool:
+    return any(
+        one.forward is not None and one.can_run(call)[0] for one in library.operators()["depthwise"].backends
+    )
+
+
+def whole_block(call: Any) -> tuple[int, int]:
+    """Launches and bytes of a DS-Block as one operator: its launches on fake tensors, PyTorch's included.
+
+    Of both directions, with every gradient, where the call is kept for backward; else of forward.
+    """
+    counter = Counter()
+    with torch.no_grad(), _kernels_counted(counter), counter:
+        made = ds_block_op.allocate_forward(call)
+        ds_block_triton.forward(call, made, "auto")
+        if call.keep:
+            for name in ds_block_op.BATCH_NORMS:
+                call.running.setdefault(name, tuple(made[name][:2]))
+            needs = dict.fromkeys(("x", *ds_block_op.PARAMETERS), True)
+            ds_block_triton.backward(call, torch.empty_like(call.x), made, needs, "auto")
+    return counter.launches, counter.bytes
+
+
 @dataclass(frozen=True)
 class Step:
     """Launches and bytes of one pass through a block or a model: counted on fake tensors, not measured.
@@ -487,7 +599,8 @@ class Step:
         name: of the block's case or of the model.
         batch: images.
         mode: ``infer`` (one forward) or ``train`` (forward and backward, without the optimizer).
-        provider: ``eager``: plain PyTorch; ``fused``: with our kernels where they run.
+        provider: ``eager``: plain PyTorch; ``operators``: with our kernels where they run, one by one;
+            ``fused``: and with blocks as one operator.
         launches: lower bound, see :class:`Counter`.
         bytes: least traffic of that many separate operations.
         fused_calls: calls that our kernels run.
@@ -516,8 +629,10 @@ def count_step(
         module: in bfloat16.
         shape: (B, C, H, W).
     """
-    if mode not in ("infer", "train") or provider not in ("eager", "fused"):
-        raise ValueError(f"mode={mode!r}, provider={provider!r}: use infer or train, eager or fused")
+    if mode not in ("infer", "train") or provider not in PROVIDERS:
+        raise ValueError(
+            f"mode={mode!r}, provider={provider!r}: use infer or train, and one of {', '.join(PROVIDERS)}"
+        )
     # Counters of batches are real numbers even among fake tensors, and would be written.
     module = copy.deepcopy(module)
     for layer in module.modules():
@@ -526,7 +641,9 @@ def count_step(
     module.train(mode == "train")
     chosen: list[tuple[str, Any, str]] = []
     counter = Counter()
-    choice = kernels_chosen(chosen) if provider == "fused" else backends.backend("reference")
+    choice = backends.backend("reference")
+    if provider != "eager":
+        choice = kernels_chosen(chosen, whole_blocks=provider == "fused")
     with FakeTensorMode(allow_non_fake_inputs=True), choice:
         x = torch.empty(tuple(shape), dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         # A block sits inside a network and hands a gradient on; a network's input gets none.
@@ -536,9 +653,13 @@ def count_step(
             if mode == "train":
                 leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
                 torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
-    launches, size, fused = counter.launches, counter.bytes, 0
+        launches, size, fused = counter.launches, counter.bytes, 0
+        for operator, call, _ in chosen:
+            if operator == "ds_block":
+                counted = whole_block(call)
+                launches, size, fused = launches + counted[0], size + counted[1], fused + 1
     for operator, call, backend in chosen:
-        if backend == "reference":
+        if backend == "reference" or operator == "ds_block":
             continue
         fused += 1
         family = library.operators()[operator]
@@ -549,13 +670,14 @@ def count_step(
 
 
 BATCH = 128
+PROVIDERS = ("eager", "operators", "fused")
 
 
 def _steps(kind: str, name: str, module: nn.Module, shape: Sequence[int]) -> list[Step]:
     return [
         count_step(kind, name, module, shape, mode, provider)
         for mode in ("infer", "train")
-        for provider in ("eager", "fused")
+        for provider in (PROVIDERS if isinstance(module, DSBlock) else ("eager", "fused"))
     ]
 
 

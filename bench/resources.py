@@ -222,20 +222,18 @@ def triton_resources(
     Raises:
         RuntimeError: Triton is interpreting in this process, or there is no cuobjdump.
     """
-    from fused_ops.bench.triton_compile import specialisations
-
     cuobjdump = find_cuobjdump()
     rows = []
-    for operator in library.operators().values():
-        if families is not None and operator.name not in families:
+    for name in (*library.operators(), *library.blocks()):
+        if families is not None and name not in families:
             continue
-        for kernel in specialisations(operator, torch.bfloat16):
+        for kernel in _kernels_of(name):
             for arch in archs or native.build_tools().SUPPORTED_ARCHITECTURES:
                 cubin, shared = kernel.compile(int(arch))
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(cubin)
                     file.flush()
-                    (row,) = _usage(cuobjdump, file.name, operator.name, "triton")
+                    (row,) = _usage(cuobjdump, file.name, name, "triton")
                 # Triton's shared memory is dynamic, which the compiled kernel does not show.
                 shared += row.shared_bytes
                 threads = 32 * dict(kernel.options).get("num_warps", 4)
@@ -244,6 +242,23 @@ def triton_resources(
                 row = replace(row, shared_bytes=shared)
                 rows.append(replace(row, threads=threads, occupancy=share))
     return rows
+
+
+def _kernels_of(name: str) -> list[Any]:
+    """The kernels of an operator's sample calls; of a block, those that its families' calls do not launch."""
+    from fused_ops.bench.triton_compile import specialisations
+
+    operators = library.operators()
+    if name in operators:
+        return specialisations(operators[name], torch.bfloat16)
+    block = library.blocks()[name]
+    known = {
+        (kernel.name, kernel.config)
+        for family in block.families
+        for kernel in specialisations(operators[family], torch.bfloat16)
+    }
+    found = {(kernel.name, kernel.config): kernel for kernel in specialisations(block, torch.bfloat16)}
+    return [kernel for key, kernel in found.items() if key not in known]
 
 
 def format_table(rows: Sequence[Resources]) -> str:
@@ -330,6 +345,8 @@ def source_digests() -> dict[str, str]:
         folder = Path(sys.modules[operator.function.__module__].__file__).parent
         if files := list(folder.glob("triton*.py")):
             found[f"{name} triton"] = _with_shared(files)
+    for name, block in library.blocks().items():
+        found[f"{name} triton"] = sorted({path for of in block.families for path in found[f"{of} triton"]})
     return {
         family: hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
         for family, files in found.items()
@@ -381,9 +398,10 @@ def write_report(path: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fused-ops bench resources", description=__doc__.splitlines()[0])
+    names = sorted((*library.operators(), *library.blocks()))
     parser.add_argument("--archs", nargs="*", help="architectures, e.g. 80 90; all supported ones by default")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="only the kernels of one backend")
-    parser.add_argument("--op", nargs="+", choices=sorted(library.operators()), help="only these operators")
+    parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument(
         "--changes", action="store_true", help="print only what differs from the committed report"

@@ -116,8 +116,8 @@ def _recorded_launches() -> Iterator[dict[Specialisation, None]]:
         yield seen
 
 
-def specialisations(operator: library.Operator, dtype: torch.dtype) -> list[Specialisation]:
-    """Every kernel that the operator's cases tagged ``resources`` launch, forward and backward.
+def specialisations(operator: library.Operator | library.Block, dtype: torch.dtype) -> list[Specialisation]:
+    """Every kernel that the operator's or block's cases tagged ``resources`` launch, forward and backward.
 
     Raises:
         RuntimeError: Triton is interpreting in this process, so that kernels are not compiled.

@@ -109,6 +109,45 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
     Raises:
         BackendUnavailableError: the requested backend is not implemented or cannot run this call.
     """
+    chosen, measured, rejected = _first_that_can_run(operator, backends, call)
+    requested = requested_backend()
+    if chosen is None:
+        if requested not in rejected:
+            rejected[requested] = f"{operator} has no {requested} backend"
+        raise BackendUnavailableError(
+            f"{operator}: backend {requested!r} was requested and cannot run: {rejected[requested]}"
+        )
+    _note(operator, chosen.name, measured, rejected, call)
+    by_measurement = measured is not None and measured.backend == "reference"
+    if (
+        requested == "auto"
+        and chosen.name == "reference"
+        and not by_measurement
+        and not torch.compiler.is_compiling()
+    ):
+        _say_once(operator, call, rejected)
+    return chosen
+
+
+def choose_whole(operator: str, backends: tuple[Backend, ...], call: Any) -> str | None:
+    """Which kernels run ``call``, a block, as one operator; None where its parts run one by one.
+
+    Returns:
+        triton, or auto where the block's parts may take the first kernels that can run.
+    """
+    if requested_backend() not in ("auto", "triton"):
+        return None
+    chosen, measured, rejected = _first_that_can_run(operator, backends, call)
+    if chosen is None or chosen.name == "reference":
+        return None
+    _note(operator, chosen.name, measured, rejected, call)
+    return requested_backend()
+
+
+def _first_that_can_run(
+    operator: str, backends: tuple[Backend, ...], call: Any
+) -> tuple[Backend | None, Any, dict[str, str]]:
+    """The first backend of those allowed, what was measured for such calls, and why others were not taken."""
     requested = requested_backend()
     if requested != "auto" and requested not in BACKENDS:
         # An import must not fail for a mistyped variable, so the first operator call says it.
@@ -116,7 +155,6 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
             f"FUSED_OPS_BACKEND={requested!r} is unknown; use one of auto, {', '.join(BACKENDS)}"
         )
     rejected: dict[str, str] = {}
-    chosen = None
     measured = dispatch.preferred(operator, call) if requested == "auto" and call.x.is_cuda else None
     if measured is not None:
         backends = (*(b for b in backends if b.name == measured.backend), *backends)
@@ -128,41 +166,22 @@ def choose(operator: str, backends: tuple[Backend, ...], call: Any) -> Backend:
             ok = False
             reason = f"x is on {call.x.device}, where kernels run for tests only, asked for by name"
         if ok:
-            chosen = candidate
-            break
+            return candidate, measured, rejected
         rejected[candidate.name] = reason
-    if chosen is None:
-        if requested not in rejected:
-            rejected[requested] = f"{operator} has no {requested} backend"
-        raise BackendUnavailableError(
-            f"{operator}: backend {requested!r} was requested and cannot run: {rejected[requested]}"
-        )
-    if _recorder is not None:
-        reason = "requested" if requested != "auto" else "first in the order of auto that can run"
-        if measured is not None and chosen.name == measured.backend:
-            reason = f"measured fastest for {measured.case} ({measured.ratio:g} times the best alternative)"
-            if chosen.name == "reference":
-                reason = f"stock PyTorch was measured faster for {measured.case}"
-        _recorder.append(
-            Choice(
-                operator,
-                chosen.name,
-                requested,
-                reason,
-                rejected,
-                _module_path[-1] if _module_path else "",
-                str(call),
-            )
-        )
-    by_measurement = measured is not None and measured.backend == "reference"
-    if (
-        requested == "auto"
-        and chosen.name == "reference"
-        and not by_measurement
-        and not torch.compiler.is_compiling()
-    ):
-        _say_once(operator, call, rejected)
-    return chosen
+    return None, measured, rejected
+
+
+def _note(operator: str, chosen: str, measured: Any, rejected: dict[str, str], call: Any) -> None:
+    """Tell a recorder what was chosen and why."""
+    if _recorder is None:
+        return
+    reason = "requested" if requested_backend() != "auto" else "first in the order of auto that can run"
+    if measured is not None and chosen == measured.backend:
+        reason = f"measured fastest for {measured.case} ({measured.ratio:g} times the best alternative)"
+        if chosen == "reference":
+            reason = f"stock PyTorch was measured faster for {measured.case}"
+    path = _module_path[-1] if _module_path else ""
+    _recorder.append(Choice(operator, chosen, requested_backend(), reason, rejected, path, str(call)))
 
 
 def _say_once(operator: str, call: Any, rejected: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from fused_ops.core.backends import Backend
 
 _library = torch.library.Library("fused_ops", "DEF")
 _operators: dict[str, Operator] = {}
+_blocks: dict[str, Block] = {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,38 @@ def register(operator: Operator) -> Operator:
 def operators() -> dict[str, Operator]:
     """Every registered operator family by name."""
     return dict(_operators)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a model that can run as one operator, by the kernels of several families.
+
+    Attributes:
+        name: of the operator and of the block's folder.
+        function: ``function(**case.arguments)``.
+        cases: sample blocks and inputs (see :mod:`fused_ops.core.cases`).
+        families: operators whose kernels it launches.
+        overloads: the torch operators behind it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    cases: Callable[[], Sequence[Any]]
+    families: tuple[str, ...]
+    overloads: tuple[Any, ...]
+
+
+def register_block(block: Block) -> Block:
+    """Add ``block`` to those that the bench goes over."""
+    if block.name in _blocks:
+        raise ValueError(f"block {block.name!r} is registered already")
+    _blocks[block.name] = block
+    return block
+
+
+def blocks() -> dict[str, Block]:
+    """Every registered block by name."""
+    return dict(_blocks)
 
 
 def define(
@@ -187,7 +220,7 @@ def _name_of(schema: str) -> str:
     return schema[: schema.index("(")]
 
 
-def plain_eager(*tensors: Tensor | None) -> bool:
+def plain_eager(*tensors: Tensor | list[Tensor] | None) -> bool:
     """Whether a call may skip the dispatcher: nothing is traced, transformed, recorded or subclassed.
 
     A call through the dispatcher costs the host several times what the launch of a small kernel does, most of
@@ -197,7 +230,10 @@ def plain_eager(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    return all(
+        tensor is None or type(tensor) in _PLAIN or (type(tensor) is list and plain_eager(*tensor))
+        for tensor in tensors
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from fused_ops.core import backends, distributed, tuning
-from fused_ops.core.statistics import merge_moments
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
-from fused_ops.feed_forward import triton_conv, triton_wide
+from fused_ops.feed_forward import triton_conv, triton_norm, triton_wide
 from fused_ops.feed_forward.triton_backward import finish_kernel, input_kernel, weights_kernel
-from fused_ops.feed_forward.triton_forward import forward_kernel, moments_kernel
+from fused_ops.feed_forward.triton_forward import forward_kernel
 
 # Of wider tokens a tile with all channels leaves too few registers for anything else.
 LARGEST_NARROW = 128
@@ -138,18 +137,6 @@ def _options(tile: Tile, channels: int, stages: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def moments_plan(rows: int, channels: int) -> Plan:
-    """The pass for the moments of (rows, C): a rule of thumb."""
-    block_c = min(64, next_power_of_2(channels))
-    block_m = max(4, 1024 // block_c)
-    blocks = ceil_div(channels, block_c)
-    count = ceil_div(rows, block_m)
-    each = min(max(4, ceil_div(count * blocks, 1024)), count)
-    meta = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": 4, "enable_fp_fusion": True}
-    return Plan(ceil_div(count, each), each, meta)
-
-
-@lru_cache(maxsize=4096)
 def rows_plan(rows: int, channels: int, tile: Tile) -> Plan:
     """A pass in which each program writes one tile."""
     return Plan(ceil_div(rows, tile.tokens), 1, _options(tile, channels, 2))
@@ -235,15 +222,7 @@ def _forward(
     rows, tokens, channels, _ = launches.sizes
     statistics = (call.mean, call.var)
     if call.batch_stats:
-        plan = moments_plan(rows, channels)
-        moments = launches.floats(plan.programs * (2 * channels + 1))
-        blocks = ceil_div(channels, plan.meta["BLOCK_C"])
-        moments_kernel[(plan.programs * blocks,)](
-            call.x, moments, rows, tokens, channels, plan.tiles_each, *call.x.stride(), **plan.meta
-        )
-        merge_moments(moments, plan.programs, mean, var, unbiased)
-        if call.group:
-            distributed.exchange_moments(mean, var, unbiased, rows, call.group)
+        triton_norm.batch_statistics(call.x, mean, var, unbiased, call.group)
         statistics = (mean, var)
     fc2_bias = call.fc2_bias
     if fc2_bias is not None and call.layer_scale is not None:

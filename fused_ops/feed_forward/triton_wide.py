@@ -9,7 +9,6 @@ residual; the norm's backward with the residual's gradient. The convolution's ar
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,48 +16,16 @@ from torch import Tensor
 
 from fused_ops.core import distributed
 from fused_ops.core.statistics import finish_gradients
-from fused_ops.core.triton_matrices import vector
-from fused_ops.core.triton_support import ceil_div, jit, next_power_of_2, tl
-from fused_ops.feed_forward import triton_conv
+from fused_ops.core.triton_support import ceil_div, jit, tl
+from fused_ops.feed_forward import triton_conv, triton_norm
 from fused_ops.feed_forward.triton_rows import (
     activated,
     activated_gradient,
     drop_path_factors,
     load_rows,
-    norm_backward,
     normalise,
     row_pointers,
 )
-
-
-@jit
-def normalise_kernel(
-    x_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    mean_ptr,
-    var_ptr,
-    out_ptr,
-    rows,
-    tokens,
-    channels,
-    x_b,
-    x_n,
-    x_c,
-    eps,
-    NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The norm's output, packed (rows, C), in the dtype of the products. One program: (BLOCK_M, BLOCK_C)."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, BLOCK_C)
-    x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
-    z, _ = normalise(x, m, c, rows, channels, mean_ptr, var_ptr, eps, NORM)
-    z = z * vector(norm_weight_ptr, c, channels, 1.0) + vector(norm_bias_ptr, c, channels, 0.0)
-    ok = (m < rows)[:, None] & (c < channels)[None, :]
-    where = row_pointers(out_ptr, m, rows, c, 0, channels, 1)
-    tl.store(where, z.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @jit
@@ -158,59 +125,6 @@ def norm_sums_kernel(
     tl.store(base + channels, second, mask=c < channels)
 
 
-@jit
-def norm_backward_kernel(
-    z_grad_ptr,
-    x_ptr,
-    grad_ptr,
-    norm_weight_ptr,
-    mean_ptr,
-    var_ptr,
-    norm_sums_ptr,
-    x_grad_ptr,
-    rows,
-    tokens,
-    channels,
-    x_b,
-    x_n,
-    x_c,
-    grad_b,
-    grad_n,
-    grad_c,
-    x_grad_b,
-    x_grad_n,
-    x_grad_c,
-    eps,
-    one_over_count,
-    NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The input's gradient; ``grad_ptr`` is the residual's share, given where that is the input."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, BLOCK_C)
-    z_grad = load_rows(z_grad_ptr, m, rows, c, rows, channels, 0, channels, 1)
-    x = load_rows(x_ptr, m, tokens, c, rows, channels, x_b, x_n, x_c)
-    x_grad = norm_backward(
-        z_grad, x, m, c, rows, channels, norm_weight_ptr, mean_ptr, var_ptr, norm_sums_ptr, eps,
-        one_over_count, NORM,
-    )  # fmt: skip
-    if grad_ptr is not None:
-        x_grad += load_rows(grad_ptr, m, tokens, c, rows, channels, grad_b, grad_n, grad_c)
-    ok = (m < rows)[:, None] & (c < channels)[None, :]
-    where = row_pointers(x_grad_ptr, m, tokens, c, x_grad_b, x_grad_n, x_grad_c)
-    tl.store(where, x_grad.to(x_grad_ptr.dtype.element_ty), mask=ok)
-
-
-@lru_cache(maxsize=4096)
-def _rows_plan(rows: int, channels: int) -> tuple[int, dict[str, Any]]:
-    """Programs and options of a pass over tokens: tiles of 2048 values, and at least one token."""
-    block_c = next_power_of_2(channels)
-    block_m = max(1, 2048 // block_c)
-    meta = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": 4, "enable_fp_fusion": True}
-    return ceil_div(rows, block_m), meta
-
-
 _VALUES = 2048
 
 
@@ -228,24 +142,10 @@ def _product(values: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 def _normalised(launches: Any, statistics: tuple[Tensor | None, Tensor | None], out: Tensor) -> Tensor:
     """The norm's output, packed (rows, C); in ``out`` unless it is x itself."""
     call = launches.call
-    rows, tokens, channels, _ = launches.sizes
+    rows, _, channels, _ = launches.sizes
     if not call.has_normalised:
         return call.x.reshape(rows, channels)
-    programs, meta = _rows_plan(rows, channels)
-    normalise_kernel[(programs,)](
-        call.x,
-        *launches.vectors,
-        *statistics,
-        out,
-        rows,
-        tokens,
-        channels,
-        *call.x.stride(),
-        call.eps,
-        NORM=call.norm,
-        **meta,
-    )
-    return out
+    return triton_norm.normalised(call.x, call.norm, launches.vectors, statistics, call.eps, out)
 
 
 def _tokens_like(launches: Any) -> Tensor:
@@ -255,14 +155,15 @@ def _tokens_like(launches: Any) -> Tensor:
     return call.x.new_empty((rows, channels) if call.has_normalised else 0, dtype=call.compute)
 
 
-def _scaled(launches: Any, value: Tensor, residual: Tensor | None, out: Tensor) -> None:
-    """``out`` = value (B, N, C) times drop path plus residual."""
-    rows, tokens, channels, _ = launches.sizes
-    programs, meta = _rows_plan(rows, channels)
+def scale_and_add(value: Tensor, drop_path: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """``out`` = value (B, N, C) times drop path (B) plus residual, where they are given."""
+    batch, tokens, channels = value.shape
+    rows = batch * tokens
+    programs, meta = triton_norm.tile_plan(rows, channels)
     residual_kernel[(programs,)](
         value,
         residual,
-        launches.call.drop_path,
+        drop_path,
         out,
         rows,
         tokens,
@@ -308,7 +209,7 @@ def forward(
         activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
     branch = _product(hidden, fc2_weight, fc2_bias, call.x.new_empty((rows, channels), dtype=call.compute))
     residual = call.x if call.identity else call.residual
-    _scaled(launches, branch.view(call.x.shape), residual, out)
+    scale_and_add(branch.view(call.x.shape), call.drop_path, residual, out)
 
 
 def backward(
@@ -322,7 +223,7 @@ def backward(
 
     Args:
         grad: of the result (B, N, C), in any layout.
-        normalised, value: what :func:`forward` kept.
+        normalised, value: what :func:`forward` kept; without the first the norm is computed again.
         gradients: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, layer_scale,
             conv_weight, conv_bias.
     """
@@ -344,7 +245,7 @@ def backward(
     branch_grad = grad
     if call.drop_path is not None or grad.dtype != call.compute or not grad.is_contiguous():
         branch_grad = torch.empty(call.x.shape, dtype=call.compute, device=grad.device)
-        _scaled(launches, grad, None, branch_grad)
+        scale_and_add(grad, call.drop_path, None, branch_grad)
     branch_grad = branch_grad.view(rows, channels)
 
     affine = norm_weight_grad is not None or norm_bias_grad is not None
@@ -381,14 +282,14 @@ def backward(
     if fc1_weight_grad is not None:
         if not call.has_normalised:
             normalised = call.x.reshape(rows, channels)
-        elif call.conv_weight is not None:
+        elif not normalised.numel():
             normalised = _normalised(launches, statistics, _tokens_like(launches))
         fc1_weight_grad.copy_(value_grad.t() @ normalised)
     if not to_input:
         return
 
     z_grad = value_grad @ fc1_weight
-    programs, meta = _rows_plan(rows, channels)
+    programs, meta = triton_norm.tile_plan(rows, channels)
     kinds = {"NORM": call.norm, **meta}
     sums = None
     if affine or call.batch_stats:
@@ -423,23 +324,16 @@ def backward(
         return
     if sums is not None and call.group:
         distributed.exchange_sums(sums, rows, call.group)
-    norm_backward_kernel[(programs,)](
+    triton_norm.input_gradient(
         z_grad,
         call.x,
         grad if call.identity else None,
+        call.norm,
         call.norm_weight,
-        *statistics,
+        statistics,
         sums,
-        x_grad,
-        rows,
-        tokens,
-        channels,
-        *call.x.stride(),
-        *grad.stride(),
-        *x_grad.stride(),
         call.eps,
-        1.0 / rows,
-        **kinds,
+        x_grad,
     )
 
 

@@ -114,8 +114,12 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-def forward(call: Any, out: Tensor) -> Tensor:
-    """Launch the forward kernel of a call that :func:`can_run`; fills and returns ``out``."""
+def forward(call: Any, out: Tensor, base: Tensor | None = None) -> Tensor:
+    """Launch the forward kernel of a call that :func:`can_run`; fills and returns ``out``.
+
+    With ``base``, strided as ``out``, it is ``base + drop_path * (resampled + add)``: what is added is then
+    part of the branch. For blocks that launch the kernel themselves.
+    """
     x = call.x
     size, out_size = tuple(x.shape[2:]), tuple(out.shape[2:])
     made = plan(tuple(out.shape), _inner(out))
@@ -124,6 +128,7 @@ def forward(call: Any, out: Tensor) -> Tensor:
             x,
             call.add,
             call.drop_path,
+            base,
             out,
             out.shape[1],
             *size,

@@ -92,6 +92,7 @@ def forward_kernel(
     x_ptr,
     add_ptr,
     drop_path_ptr,
+    base_ptr,
     out_ptr,
     channels,
     in_h,
@@ -119,13 +120,19 @@ def forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Tiles (BLOCK_P columns, BLOCK_C channels), one per row, of ``drop_path * resampled + add``."""
+    """Tiles (BLOCK_P columns, BLOCK_C channels), one per row, of ``drop_path * resampled + add``.
+
+    With ``base_ptr``, strided as the output, of ``base + drop_path * (resampled + add)``.
+    """
     image, first_row, last_row, p, c = _program(out_h, group, blocks_c, BLOCK_P, BLOCK_C)
     c_ok = (c < channels)[None, :]
     p_ok = p < out_w
     ok = p_ok[:, None] & c_ok
     c = c.to(tl.int64)[None, :]
-    target = out_ptr + image * out_b + p.to(tl.int64)[:, None] * out_column + c * out_c
+    offsets = image * out_b + p.to(tl.int64)[:, None] * out_column + c * out_c
+    target = out_ptr + offsets
+    if base_ptr is not None:
+        base_ptr += offsets
     if add_ptr is not None:
         add_ptr += image * add_b + p.to(tl.int64)[:, None] * add_w + c * add_c
     if drop_path_ptr is not None:
@@ -156,10 +163,15 @@ def forward_kernel(
             of_below = below.to(tl.float32) * scale_h
             of_top = (2 * out_h - below).to(tl.float32) * scale_h
             value = of_top * (of_left * a + of_right * b) + of_below * (of_left * d + of_right * e)
-        if drop_path_ptr is not None:
+        if drop_path_ptr is not None and base_ptr is None:
             value *= factor
         if add_ptr is not None:
             place = add_ptr + tl.cast(row, tl.int64) * add_h
+            value += tl.load(place, mask=ok, other=0.0).to(tl.float32)
+        if base_ptr is not None:
+            if drop_path_ptr is not None:
+                value *= factor
+            place = base_ptr + tl.cast(row, tl.int64) * out_row
             value += tl.load(place, mask=ok, other=0.0).to(tl.float32)
         place = target + tl.cast(row, tl.int64) * out_row
         tl.store(place, value.to(out_ptr.dtype.element_ty), mask=ok)

@@ -35,7 +35,7 @@ from fused_ops.bench.traffic import operator_traffic
 from fused_ops.core import library
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.triton_support import jit, tl
-from fused_ops.feed_forward import triton
+from fused_ops.feed_forward import triton, triton_norm
 from fused_ops.feed_forward.module import mlp_on_modules, residual_mlp
 from fused_ops.feed_forward.triton_rows import activated, activated_gradient
 
@@ -355,9 +355,9 @@ def test_plans_cover_all_rows(sizes):
                 assert (plan.programs - 1) * plan.tiles_each * tile.tokens < rows
                 assert rows <= plan.programs * plan.tiles_each * tile.tokens
     for rows in (1, 100, 401408):
-        plan = triton.moments_plan(rows, sizes[0])
-        each = plan.tiles_each * plan.meta["BLOCK_M"]
-        assert (plan.programs - 1) * each < rows <= plan.programs * each
+        programs, tiles_each, meta = triton_norm.moments_plan(rows, sizes[0])
+        each = tiles_each * meta["BLOCK_M"]
+        assert (programs - 1) * each < rows <= programs * each
 
 
 @pytest.mark.parametrize("tile", [(16, 16, 4), (32, 16, 8), (64, 32, 4)])

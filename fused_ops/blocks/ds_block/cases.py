@@ -44,11 +44,20 @@ def _case(
 
 
 CASES = [
-    _case("stage1_224", (2, 64, 56, 56), 1, 8, ("model", "training"), "dsnet_small_star", 3),
-    _case("stage2_224", (2, 128, 28, 28), 2, 4, ("model", "training"), "dsnet_small_star", 4),
-    _case("stage3_224", (2, 320, 14, 14), 5, 2, ("model", "training"), "dsnet_small_star", 8),
+    _case("stage1_224", (2, 64, 56, 56), 1, 8, ("model", "training", "resources"), "dsnet_small_star", 3),
+    _case("stage2_224", (2, 128, 28, 28), 2, 4, ("model", "training", "resources"), "dsnet_small_star", 4),
+    _case("stage3_224", (2, 320, 14, 14), 5, 2, ("model", "training", "resources"), "dsnet_small_star", 8),
     _case("stage4_224", (2, 512, 7, 7), 8, 2, ("model", "training"), "dsnet_small_star", 3),
-    _case("stage3_224_no_star", (2, 320, 14, 14), 5, 2, ("model", "training"), "dsnet_small", 8, **_NO_STAR),
+    _case(
+        "stage3_224_no_star",
+        (2, 320, 14, 14),
+        5,
+        2,
+        ("model", "training", "resources"),
+        "dsnet_small",
+        8,
+        **_NO_STAR,
+    ),
     _case("tiny", (2, 16, 6, 5), 1, 2, ("tiny", "training")),
     _case("tiny_no_star", (2, 16, 6, 5), 1, 2, ("tiny", "training"), **_NO_STAR),
     _case("odd", (1, 24, 7, 11), 3, 2, ("awkward", "tiny", "training")),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_ops.blocks.ds_block import op
 from fused_ops.blocks.ds_block.reference import GLOBAL_DOWN, grid_size, split_channels
 from fused_ops.blocks.layout import (
     PointwiseConv2d,
@@ -16,7 +17,13 @@ from fused_ops.blocks.layout import (
     tokens_to_map,
 )
 from fused_ops.co_attention.module import align
+from fused_ops.core import library
+from fused_ops.core.autocast import autocast_dtype, autocast_off, cast
+from fused_ops.core.backends import choose_whole
+from fused_ops.core.cases import Case
+from fused_ops.core.checks import any_requires_grad, check_values_per_channel
 from fused_ops.core.drop_path import DropPath
+from fused_ops.core.dropout import draw_seed
 from fused_ops.core.initialise import init_linear
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 from fused_ops.feed_forward.module import residual_mlp
@@ -149,6 +156,9 @@ class DSBlock(nn.Module):
             raise ValueError(f"x must be (B, {self.dim}, H, W), got {tuple(x.shape)}")
         channels_last = is_channels_last(x)
         x = to_channels_last(x)
+        call = self._whole_call(x)
+        if call is not None and (kernels := choose_whole("ds_block", op.BACKENDS, call)) is not None:
+            return like_input(self._run_whole(call, kernels), channels_last)
 
         x1 = depthwise_conv(x, self.pos_embed.weight, self.pos_embed.bias, padding=1, residual=x)
         y = self.conv1(self.norm1(x1))
@@ -168,6 +178,83 @@ class DSBlock(nn.Module):
         x2 = x1 + self.drop_path(self.proj_drop(self.conv2(z)))
         out = residual_mlp(x2, self.norm2, self.mlp, self.drop_path)
         return like_input(out, channels_last)
+
+    def _whole_call(self, x: Tensor) -> op.DSBlockCall | None:
+        """What the block is as one operator on a dense channels_last map; None where it is not stock.
+
+        Dropout's seeds and what the norms need are filled in where it runs.
+        """
+        parameters = self._stock_parameters(x)
+        if parameters is None:
+            return None
+        norms = [getattr(self, name, None) for name in op.BATCH_NORMS]
+        dropout = self.attn_drop.p if self.training else 0.0
+        return op.DSBlockCall(
+            cast(x, autocast_dtype(x) or x.dtype),
+            parameters,
+            {},
+            (None, None),
+            (None, None),
+            self.num_heads,
+            self.downsample,
+            self.num_global,
+            self.align,
+            self.global_down,
+            [norm is not None and (norm.training or norm.running_mean is None) for norm in norms],
+            [1e-5 if norm is None else norm.eps for norm in (*norms, *self._layer_norms())],
+            [""] * len(norms),
+            dropout,
+            any_requires_grad(x, *parameters.values()),
+        )
+
+    def _layer_norms(self) -> list[nn.Module | None]:
+        return [getattr(self, name, None) for name in op.LAYER_NORMS]
+
+    def _stock_parameters(self, x: Tensor) -> dict[str, Tensor | None] | None:
+        """All parameters by name, where every layer is of the constructor's kind and no hook watches it."""
+        parameters: dict[str, Tensor | None] = dict.fromkeys(op.PARAMETERS)
+        for name, layer in self.named_modules():
+            if name == "":
+                continue
+            expected = _STOCK.get(name)
+            if expected is None or type(layer) not in expected or _is_watched(layer):
+                return None
+            for kind in ("weight", "bias"):
+                parameter = layer._parameters.get(kind)
+                if parameter is None:
+                    if f"{name}.{kind}" in parameters and not isinstance(layer, _NORMS):
+                        return None
+                    continue
+                if parameter.device != x.device or parameter.dtype not in (x.dtype, torch.float32):
+                    return None
+                parameters[f"{name}.{kind}"] = parameter
+        for dropout in (self.proj_drop, self.mlp.drop):
+            if dropout.training and dropout.p > 0.0:
+                return None
+        return None if self.mlp.act.approximate != "none" else parameters
+
+    def _run_whole(self, call: op.DSBlockCall, backend: str) -> Tensor:
+        """The block as one operator; updates the norms' running statistics."""
+        x = call.x
+        states = {}
+        for index, name in enumerate(op.BATCH_NORMS):
+            if (norm := getattr(self, name, None)) is None:
+                continue
+            state = states[name] = BatchNormState.from_module(norm)
+            call.groups[index] = state.group if state.batch_stats else ""
+            if not state.batch_stats:
+                call.running[name] = (state.running_mean, state.running_var)
+            elif not state.group:
+                check_values_per_channel(tuple(x.shape))
+        call.drop_path = (self.drop_path.factors(x), self.drop_path.factors(x))
+        if call.dropout and self.num_global:
+            call.seeds = (draw_seed(x), draw_seed(x) if self.align else None)
+        with autocast_off(x):
+            out, *kept = op.DIFFERENTIABLE.run(call.keep, *call.tensors(), *call.options(), backend)
+        for name, statistics in zip(op.BATCH_NORMS, kept[len(op.KEPT) :], strict=True):
+            if name in states and statistics.numel():
+                states[name].update_running(statistics[0], statistics[2])
+        return out
 
     def _local(self, x: Tensor) -> Tensor:
         """l1 = l0 + DW3x3(BN(l0)) of a channel slice (B, num_local, H, W)."""
@@ -214,6 +301,30 @@ class DSBlock(nn.Module):
         )
 
 
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS = (*_BATCH_NORMS, nn.LayerNorm)
+# The layers whose parameters say all that they do, by name.
+_STOCK: dict[str, tuple[type[nn.Module], ...]] = {
+    **dict.fromkeys(op.BATCH_NORMS, _BATCH_NORMS),
+    **dict.fromkeys(op.LAYER_NORMS, (nn.LayerNorm,)),
+    **dict.fromkeys(("pos_embed", "conv", "attn_down"), (nn.Conv2d,)),
+    **dict.fromkeys(("conv1", "conv2", "cross_channel_up_conv", "mlp.fc1", "mlp.fc2"), (PointwiseConv2d,)),
+    **dict.fromkeys(
+        ("channel_up", "cross_channel_up_sa", "fuse_channel_conv", "fuse_channel_sa"), (nn.Linear,)
+    ),
+    **dict.fromkeys(("attn_drop", "proj_drop", "mlp.drop"), (nn.Dropout,)),
+    "drop_path": (DropPath,),
+    "mlp": (_Mlp,),
+    "mlp.act": (nn.GELU,),
+}
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize without corner alignment and antialiasing; the identity for the same size."""
     return x if (x.shape[-2], x.shape[-1]) == size else resample_map(x, size)
@@ -242,3 +353,25 @@ def _check_arguments(
             f"num_heads must divide the {num_global} channels of the global stream (dim={dim}, "
             f"alpha={alpha}), got {num_heads}"
         )
+
+
+def _run_case(block: DSBlock, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def _cases() -> list[Case]:
+    # The samples are made of the module above.
+    from fused_ops.blocks.ds_block.cases import CASES
+
+    return CASES
+
+
+library.register_block(
+    library.Block(
+        "ds_block",
+        _run_case,
+        _cases,
+        ("depthwise", "attention", "co_attention", "feed_forward", "resample"),
+        op.DIFFERENTIABLE.overloads,
+    )
+)
