@@ -7,9 +7,8 @@
 //
 //     tile of a thread   strip_rows x V outputs, V as many columns as one access of every map has
 //     block of threads   lanes threads side by side over columns, times strips, times segments_at_once
-//     shared memory      segments_at_once tiles of ((tile_rows - 1) S + K) x ((lanes - 1) V S + round_up((V -
-//     1)
-//                        S + K, V)) floats, about 16 KiB
+//     shared memory      segments_at_once tiles of ((tile_rows - 1) S + K) rows and
+//                        (lanes - 1) V S + round_up((V - 1) S + K, V) columns of floats, about 16 KiB
 //
 // Outputs of neighbouring lanes are neighbours in memory, so stores are whole sectors on narrow maps too.
 #include "planes.h"

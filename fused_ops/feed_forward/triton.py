@@ -219,7 +219,7 @@ def _forward(
     unbiased: Tensor,
 ) -> None:
     launches = _Launches(call)
-    rows, tokens, channels, _ = launches.sizes
+    rows, _, channels, _ = launches.sizes
     statistics = (call.mean, call.var)
     if call.batch_stats:
         triton_norm.batch_statistics(call.x, mean, var, unbiased, call.group)

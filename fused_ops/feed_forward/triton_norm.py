@@ -107,7 +107,7 @@ def fold_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``W diag(w)`` (rows, columns) and ``W b + bias`` (rows). BLOCK_J rows per program, in (BLOCK_J, BLOCK_C)."""
+    """``W diag(w)`` (rows, columns) and ``W b + bias`` (rows). BLOCK_J rows per program, BLOCK_C at once."""
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = j < rows
     total = tl.zeros((BLOCK_J,), tl.float32)

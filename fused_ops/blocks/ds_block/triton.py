@@ -94,9 +94,9 @@ def _depthwise_kernels(depthwise_call: depthwise.DepthwiseCall, backend: str) ->
     ``backend``: triton, or auto for the first that can run.
     """
     for candidate in depthwise.BACKENDS:
-        if candidate.forward is not None and backend in ("auto", candidate.name):
-            if candidate.can_run(depthwise_call)[0]:
-                return candidate
+        runs = candidate.forward is not None and backend in ("auto", candidate.name)
+        if runs and candidate.can_run(depthwise_call)[0]:
+            return candidate
     return None
 
 
