@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.co_attention.op import co_attention
+from fused_ops.core.batch_norm import call_norm
 from fused_ops.core.initialise import init_linear
 
 
@@ -101,7 +102,7 @@ def align(
     shared_affinity: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:class:`CoAttention` with the submodules of ``owner``, which has them under the same names."""
-    projected = owner.cross_channel_up_conv(owner.norm_conv2(local)).flatten(2).transpose(1, 2)
+    projected = owner.cross_channel_up_conv(call_norm(owner.norm_conv2, local)).flatten(2).transpose(1, 2)
     heads = (2 if shared_affinity else 3, num_heads, -1)
     local_query, *local_key, local_value = projected.unflatten(-1, heads).unbind(2)
     projected = owner.cross_channel_up_sa(owner.norm_sa2(tokens))

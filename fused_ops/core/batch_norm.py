@@ -71,3 +71,19 @@ class BatchNormState(NamedTuple):
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
+
+
+def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` of a map (B, C, H, W), where a SyncBatchNorm exchanges what the kernels exchange.
+
+    So the processes of one step may run a block in different ways (one has an empty batch, say), anywhere.
+    """
+    group = ""
+    if type(norm) is nn.SyncBatchNorm and norm.training:
+        group = distributed.group_name(norm.process_group)
+    if not group or norm._forward_hooks or norm._forward_pre_hooks:
+        return norm(x)
+    state = BatchNormState.from_module(norm)
+    return distributed.synchronised_batch_norm(
+        x, state.running_mean, state.running_var, state.weight, state.bias, state.momentum, state.eps, group
+    )

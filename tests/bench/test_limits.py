@@ -11,6 +11,7 @@ from torch import nn
 from fused_ops.bench import limits
 from fused_ops.bench.limits import tensors
 from fused_ops.bench.traffic import count_triton
+from fused_ops.blocks import DSBlock
 from fused_ops.core import backends, environment, library
 
 DEPTHWISE = library.operators()["depthwise"]
@@ -173,7 +174,7 @@ def test_fused_calls_cost_their_least_bytes():
     made = case.make(torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), "channels_last")
     eager, fused = (
         limits.count_step("block", case.name, made["block"], (8, 512, 7, 7), "infer", provider)
-        for provider in ("eager", "fused")
+        for provider in ("eager", "operators")
     )
     unit = 8 * 512 * 7 * 7 * 2
     # Eager: convolution and addition, 5 units, on all channels; BatchNorm too, 7, on half of them. Ours: 2.
@@ -184,6 +185,58 @@ def test_fused_calls_cost_their_least_bytes():
     assert eager.launches - fused.launches == 4
     unread = (1 - 36 / 49) * unit / 2
     assert eager.bytes - fused.bytes == pytest.approx(5.5 * unit + unread, rel=0.05)
+
+
+def test_a_block_as_one_operator_is_counted_launch_by_launch():
+    """Inference of the first stage, in units of its map, by what each launch reads and writes."""
+    case = next(case for case in _blocks() if case.name == "stage1_224")
+    made = case.make(torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), "channels_last")
+    step = limits.count_step("block", case.name, made["block"], (8, 64, 56, 56), "infer", "fused")
+    unit = 8 * 64 * 56 * 56 * 2
+    maps = (
+        3  # positional convolution: read, written raw and normalised
+        + 1.5  # first product, its local half
+        + 1  # local convolution
+        + 1  # norm before the queries
+        + 2  # queries, keys and values
+        + 2  # co-attention
+        + 2  # second product
+        + 3  # resampled, added to that and to the residual
+        + 2  # MLP
+    )
+    # Global tokens are a 64th of the local ones, in 14 tensors or so, up to three times as wide, and take
+    # four pixels each of the normalised map; parameters are small.
+    assert step.fused_calls == 1
+    assert maps < step.bytes / unit < maps + 1
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_block_as_one_operator_moves_less(mode):
+    for case in _blocks():
+        if "model" not in case.tags:
+            continue
+        made = case.make(
+            torch.Generator().manual_seed(0), torch.bfloat16, torch.device("cpu"), "channels_last"
+        )
+        eager, operators, fused = (
+            limits.count_step(
+                "block", case.name, made["block"], (32, *made["x"].shape[1:]), mode, provider
+            ).bytes
+            for provider in limits.PROVIDERS
+        )
+        assert fused < operators < eager, case.name
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize(
+    ("dim", "heads", "step", "size"), [(64, 1, 8, 56), (128, 2, 4, 28), (320, 5, 2, 14), (512, 8, 2, 7)]
+)
+def test_a_block_as_one_operator_keeps_half_for_backward(dim, heads, step, size, align):
+    block = DSBlock(dim, heads, step, align=align, dtype=torch.bfloat16)
+    eager, fused = (
+        limits.saved_bytes(block, (128, dim, size, size), provider) for provider in ("eager", "fused")
+    )
+    assert 0 < fused <= eager / 2
 
 
 def _blocks():

@@ -30,8 +30,10 @@ class MapMLP(nn.Module):
         return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def module() -> nn.Module:
+def module(kind: str = "layers") -> nn.Module:
     torch.manual_seed(11)
+    if kind == "ds_block":
+        return fused_ops.DSBlock(4, 1, 2, attn_drop=0.0)
     return nn.Sequential(
         fused_ops.DepthwiseConvBNAct(4, activation="silu", residual_placement="before"),
         fused_ops.DepthwiseConvBNAct(4, bias=True, activation="none", momentum=None),
@@ -56,7 +58,7 @@ def step(model: nn.Module, x: torch.Tensor, backend: str) -> dict[str, torch.Ten
     return found | dict(model.named_buffers())
 
 
-def worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
+def worker(rank: int, folder: str, backend: str, dtype: torch.dtype, kind: str) -> None:
     sys.path[:0] = [str(Path(__file__).parents[1])]
     if backend == "triton":
         from support.interpreter import round_to_bfloat16
@@ -66,7 +68,7 @@ def worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = []
     for split in SPLITS:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(module()).to(dtype)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(module(kind)).to(dtype)
         start = sum(split[:rank])
         x = batch(sum(split), dtype)[start : start + split[rank]].detach()
         # An empty batch runs on the reference, beside kernels in the other process.
@@ -75,22 +77,30 @@ def worker(rank: int, folder: str, backend: str, dtype: torch.dtype) -> None:
             dist.all_reduce(found[name])
         results.append(found)
     # DistributedDataParallel takes synchronised norms on GPUs only, so each process has its own statistics.
-    wrapped = DistributedDataParallel(module().to(dtype), static_graph=True)
+    wrapped = DistributedDataParallel(module(kind).to(dtype), static_graph=True)
     found = step(wrapped, batch(4, dtype)[2 * rank : 2 * rank + 2].detach(), backend)
     results.append({name.removeprefix("module."): value for name, value in found.items()})
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("triton", torch.float32)])
-def test_two_processes_equal_one(backend, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "kind"),
+    [
+        ("reference", torch.float64, "layers"),
+        ("triton", torch.float32, "layers"),
+        ("reference", torch.float64, "ds_block"),
+        pytest.param("triton", torch.float32, "ds_block", marks=pytest.mark.extended),
+    ],
+)
+def test_two_processes_equal_one(backend, dtype, kind, tmp_path):
     if backend != "reference":
         require(backend, "cpu")
-    mp.start_processes(worker, (str(tmp_path), backend, dtype), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, (str(tmp_path), backend, dtype, kind), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
     for split, *parts in zip(SPLITS, *(found[:-1] for found in ranks), strict=True):
-        model = module().double()
+        model = module(kind).double()
         want = step(model, batch(sum(split), torch.float64), "reference")
         for name, value in want.items():
             found = [part[name].double() for part in parts]
@@ -101,9 +111,9 @@ def test_two_processes_equal_one(backend, dtype, tmp_path):
                     got, value.double(), msg=lambda text, name=name: f"{name}: {text}", **tolerance
                 )
     halves = [
-        step(module().double(), half.detach(), "reference") for half in batch(4, torch.float64).split(2)
+        step(module(kind).double(), half.detach(), "reference") for half in batch(4, torch.float64).split(2)
     ]
-    for name, _ in module().named_parameters():
+    for name, _ in module(kind).named_parameters():
         for found in ranks:
             mean = (halves[0][name] + halves[1][name]) / 2
             torch.testing.assert_close(found[-1][name].double(), mean, **tolerance)

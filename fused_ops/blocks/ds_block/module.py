@@ -20,6 +20,7 @@ from fused_ops.co_attention.module import align
 from fused_ops.core import library
 from fused_ops.core.autocast import autocast_dtype, autocast_off, cast
 from fused_ops.core.backends import choose_whole
+from fused_ops.core.batch_norm import call_norm
 from fused_ops.core.cases import Case
 from fused_ops.core.checks import any_requires_grad, check_values_per_channel
 from fused_ops.core.drop_path import DropPath
@@ -53,11 +54,11 @@ class DSBlock(nn.Module):
     working layout is channels_last, in which no permuted copy is made; NCHW input is converted once at the
     entry and once at the exit. The output layout follows the input's.
 
-    Parameter names and shapes are those of SteveTsui/DS-Net (``MixBlock``) and PaddleClas. Both depthwise
-    convolutions run through :func:`fused_ops.depthwise_conv`, the MLP with its norm and residual through
-    :func:`fused_ops.mlp_block`. They read the parameters of the submodules ``pos_embed``, ``conv``,
-    ``norm_conv1``, ``attn_down``, ``norm2`` and ``mlp`` instead of calling them: hooks on these are not
-    called, hooks on the block and on all other submodules are.
+    Parameter names and shapes are those of SteveTsui/DS-Net (``MixBlock``) and PaddleClas. With kernels the
+    block runs as one operator while every layer is of the constructor's kind and has no hook; otherwise as a
+    chain of operators, which reads the parameters of ``pos_embed``, ``conv``, ``norm_conv1``, ``attn_down``,
+    ``norm2`` and ``mlp`` instead of calling them: hooks on these are not called, hooks on the block and on
+    all other submodules are.
 
     Args:
         dim: channels of the map.
@@ -161,7 +162,7 @@ class DSBlock(nn.Module):
             return like_input(self._run_whole(call, kernels), channels_last)
 
         x1 = depthwise_conv(x, self.pos_embed.weight, self.pos_embed.bias, padding=1, residual=x)
-        y = self.conv1(self.norm1(x1))
+        y = self.conv1(call_norm(self.norm1, x1))
         streams = []
         if self.num_local:
             local = self._local(y[:, self.num_global :])

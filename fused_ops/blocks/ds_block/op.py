@@ -53,9 +53,7 @@ KEPT = (
     "hidden",
     "local_qkv",
     "local_lse",
-    "down",
     "tokens",
-    "token_qkv",
     "global_tokens",
     "global_qkv",
     "global_out",
@@ -217,10 +215,10 @@ def allocate_forward(call: DSBlockCall) -> dict[str, Tensor]:
     x1 and x2: the map behind the first depthwise convolution and before the MLP. local_input: what the local
     stream's convolution gets, with a depthwise down-sampler the global stream's half beside it. mixed: the
     local stream behind it, and beside it what the local tokens get from the global ones. hidden: what fc1
-    gives. down: the map that the global stream starts from. tokens, global_tokens, last_tokens: that stream
-    before and behind self-attention, and behind co-attention. entry_weight: the positional convolution with
-    its identity as one tap. mixed_matrix: what the second 1x1 convolution has for ``mixed``. The rest is what
-    attention's operators keep.
+    gives. tokens, global_tokens, last_tokens: the global stream before and behind self-attention, and behind
+    co-attention. entry_weight: the positional convolution with its identity as one tap. mixed_matrix: the
+    second 1x1 convolution's for ``mixed``, where that is no part of its weight. The rest is what attention's
+    operators keep.
 
     Absent: what the block has not, and where nothing is kept what no later step reads.
     """
@@ -233,15 +231,12 @@ def allocate_forward(call: DSBlockCall) -> dict[str, Tensor]:
         wide = call.global_down == "dwconv" and call.num_global
         shapes["local_input"] = (batch, tokens, channels if wide else call.num_local)
         shapes["mixed"] = (batch, tokens, call.num_local * (1 + call.align))
-        shapes["mixed_matrix"] = (channels, call.num_local * (1 + call.align))
     if call.num_global:
-        if call.global_down == "bilinear":
-            shapes["down"] = (batch, count, channels)
-        elif not call.num_local:
+        if call.global_down == "dwconv" and not call.num_local:
             shapes["local_input"] = (batch, tokens, channels)
         shapes["tokens"] = shapes["global_tokens"] = (batch, count, call.num_global)
-        shapes["token_qkv"] = (batch, count, 3 * call.num_global)
     if call.align:
+        shapes["mixed_matrix"] = (channels, 2 * call.num_local)
         shapes["local_qkv"] = (batch, tokens, 3 * call.num_local)
         shapes["global_qkv"] = (batch, count, 3 * call.num_global)
         shapes["global_out"] = shapes["last_tokens"] = (batch, count, call.num_global)

@@ -194,21 +194,22 @@ class _Block:
             x, weight, bias, *(None,) * 5, step, step, (1, 1), "none", False, 1e-5, "none", "none", False
         )
 
-    def fill_mixed_matrix(self, out: Tensor) -> Tensor | None:
-        """Fill ``mixed_matrix``; returns the second 1x1 convolution's bias with what goes through it.
+    def last_bias(self, mixed_matrix: Tensor) -> Tensor:
+        """The second 1x1 convolution's bias, with what goes through it; fills ``mixed_matrix`` first.
 
-        Its local half, and with alignment beside it that half times the co-attention's local projection.
+        That is the local half, and beside it that half times the co-attention's local projection.
         """
-        num_local = self.call.num_local
         bias = _cast(self.parameters["conv2.bias"], self.x)
-        if not num_local:
-            return bias
-        local = out[:, :num_local]
-        local.copy_(_matrix(self.parameters["conv2.weight"])[:, :num_local])
         if not self.call.align:
             return bias
-        torch.mm(local, self.matrix("fuse_channel_conv"), out=out[:, num_local:])
+        num_local = self.call.num_local
+        local = mixed_matrix[:, :num_local].copy_(self.local_matrix())
+        torch.mm(local, self.matrix("fuse_channel_conv"), out=mixed_matrix[:, num_local:])
         return torch.addmv(bias, local, _cast(self.parameters["fuse_channel_conv.bias"], self.x))
+
+    def local_matrix(self) -> Tensor:
+        """The second 1x1 convolution's half on the local stream."""
+        return _matrix(self.parameters["conv2.weight"])[:, : self.call.num_local].to(self.x.dtype)
 
     def tokens_matrix(self) -> Tensor:
         """The second 1x1 convolution's half on the global tokens."""
@@ -303,16 +304,17 @@ def _forward(block: _Block, made: Mapping[str, Tensor]) -> None:
     if call.align:
         global_tokens = _align(block, made, global_tokens)
 
-    bias = block.fill_mixed_matrix(made["mixed_matrix"])
+    bias = block.last_bias(made["mixed_matrix"])
+    on_mixed = made["mixed_matrix"] if call.align else block.local_matrix()
     residual = map_to_tokens(x1)
     if not call.num_global:
-        branch = torch.addmm(bias, made["mixed"].view(rows, -1), made["mixed_matrix"].t())
+        branch = torch.addmm(bias, made["mixed"].view(rows, -1), on_mixed.t())
         block.scaled(branch.view(residual.shape), residual, map_to_tokens(x2))
     else:
         up = torch.nn.functional.linear(global_tokens, block.tokens_matrix(), bias)
         branch = None
         if num_local:
-            branch = made["mixed"].view(rows, -1) @ made["mixed_matrix"].t()
+            branch = made["mixed"].view(rows, -1) @ on_mixed.t()
             branch = block.map(branch.view(residual.shape))
         size = (block.height, block.width)
         _resampled(tokens_to_map(up, call.grid), size, branch, call.drop_path[0], x2, x1)
@@ -329,11 +331,7 @@ def _start_tokens(block: _Block, made: Mapping[str, Tensor], z: Tensor, weight: 
     """The tokens of the global stream: down-sampled, and through its half of the first 1x1 convolution."""
     call, tokens = block.call, made["tokens"]
     if not block.full_width:
-        down = tokens_to_map(made["down"], call.grid)
-        _resampled(z, call.grid, None, None, down, None)
-        torch.addmm(
-            bias, made["down"].view(-1, block.channels), weight.t(), out=tokens.view(-1, call.num_global)
-        )
+        torch.addmm(bias, _down(block, z), weight.t(), out=tokens.view(-1, call.num_global))
         return
     source = block.map(made["local_input"])[:, : call.num_global]
     down = block.down_convolution(source)
@@ -350,12 +348,19 @@ def _start_tokens(block: _Block, made: Mapping[str, Tensor], z: Tensor, weight: 
         )
 
 
+def _down(block: _Block, z: Tensor) -> Tensor:
+    """A map (B, C, H, W) resized to the grid of the global tokens, packed (B M, C)."""
+    height, width = block.call.grid
+    out = z.new_empty((block.batch, height * width, block.channels))
+    _resampled(z, (height, width), None, None, tokens_to_map(out, (height, width)), None)
+    return out.view(-1, block.channels)
+
+
 def _self_attention(block: _Block, made: Mapping[str, Tensor]) -> Tensor:
     """The global tokens behind self-attention and its residual (B, M, C)."""
     call, tokens = block.call, made["tokens"]
     normed, _, _ = block.layer_norm("norm_sa1", tokens)
-    qkv = made["token_qkv"]
-    block.linear("channel_up", normed, qkv)
+    qkv = block.linear("channel_up", normed)
     attended = attention.triton.forward(
         _attention_call(call, *_heads(call, qkv)),
         tokens.new_empty((*tokens.shape[:2], call.num_heads, tokens.shape[2] // call.num_heads)),
@@ -598,7 +603,8 @@ class _Backward:
             if weight_grad is not None or projection:
                 product = self._product(branch_grad, kept["mixed"].view(block.rows, -1))
                 self._local_weights(product, totals, weight_grad)
-            mixed_grad = (branch_grad @ kept["mixed_matrix"]).view(kept["mixed"].shape)
+            on_mixed = kept["mixed_matrix"] if call.align else block.local_matrix()
+            mixed_grad = (branch_grad @ on_mixed).view(kept["mixed"].shape)
         if weight_grad is not None:
             self.gradients["conv2.weight"] = weight_grad
         self.gradients["conv2.bias"] = totals
@@ -663,27 +669,39 @@ class _Backward:
         z_grad = rows_grad @ block.matrix("cross_channel_up_conv")
         local_grad = self._norm_input("norm_conv2", z_grad, source, mixed_grad[..., :num_local], sums)
         qkv_grad = torch.cat([grad.flatten(2) for grad in (query, key, value)], dim=2)
-        return local_grad, self._tokens(
-            "cross_channel_up_sa", "norm_sa2", qkv_grad, "global_tokens", tokens_grad
-        )
+        tokens = kept["global_tokens"]
+        normed = block.layer_norm("norm_sa2", tokens)
+        tokens_grad = self._tokens("cross_channel_up_sa", "norm_sa2", qkv_grad, tokens, normed, tokens_grad)
+        return local_grad, tokens_grad
 
-    def _tokens(self, layer: str, norm: str, qkv_grad: Tensor, source: str, residual_grad: Tensor) -> Tensor:
-        """Gradient of the tokens before a LayerNorm and a projection, with that of the residual."""
-        tokens = self.kept[source]
-        normed, mean, rstd = self.block.layer_norm(norm, tokens)
-        normed_grad = self._linear(layer, qkv_grad.flatten(0, 1), normed.flatten(0, 1))
-        return residual_grad + self._layer_norm(norm, normed_grad, tokens, mean, rstd)
+    def _tokens(
+        self,
+        layer: str,
+        norm: str,
+        qkv_grad: Tensor,
+        tokens: Tensor,
+        normed: tuple[Tensor, Tensor, Tensor],
+        residual_grad: Tensor,
+    ) -> Tensor:
+        """Gradient of the tokens before a LayerNorm and a projection, with that of the residual.
+
+        ``normed``: what :meth:`_Block.layer_norm` gives for the tokens.
+        """
+        normed_grad = self._linear(layer, qkv_grad.flatten(0, 1), normed[0].flatten(0, 1))
+        return residual_grad + self._layer_norm(norm, normed_grad, tokens, *normed[1:])
 
     def _self_attention(self, tokens_grad: Tensor) -> Tensor:
         """Self-attention's gradients; returns that of the tokens that the global stream starts with."""
-        call, qkv = self.call, self.kept["token_qkv"]
+        call = self.call
+        normed = self.block.layer_norm("norm_sa1", self.kept["tokens"])
+        qkv = self.block.linear("channel_up", normed[0])
         attention_call = _attention_call(call, *_heads(call, qkv))
         needs = [True, True, True, False]
         made = attention.allocate_backward(attention_call, needs)
         grad = tokens_grad.unflatten(-1, (call.num_heads, -1))
         attention.triton.backward(attention_call, grad, needs, *made)
         qkv_grad = torch.cat([one.flatten(2) for one in made[:3]], dim=2)
-        return self._tokens("channel_up", "norm_sa1", qkv_grad, "tokens", tokens_grad)
+        return self._tokens("channel_up", "norm_sa1", qkv_grad, self.kept["tokens"], normed, tokens_grad)
 
     def _down_convolution(self, tokens_grad: Tensor, wide_grad: Tensor) -> None:
         """The depthwise down-sampler's gradients; fills the first channels of ``wide_grad`` (B, N, C)."""
@@ -736,11 +754,10 @@ class _Backward:
         z_grad = None
         if call.num_global and not block.full_width:
             rows = tokens_grad.flatten(0, 1)
-            parts.append((rows, self.kept["down"].view(-1, block.channels)))
-            down_grad = (rows @ weight[: call.num_global]).view(self.kept["down"].shape)
+            parts.append((rows, _down(block, block.map(z.view(x1.shape)))))
+            down_grad = (rows @ weight[: call.num_global]).view(*tokens_grad.shape[:2], block.channels)
             z_grad = torch.empty_like(x1)
-            down_grad = tokens_to_map(down_grad, call.grid)
-            resample.backward(down_grad, None, "bilinear", block.map(z_grad))
+            resample.backward(tokens_to_map(down_grad, call.grid), None, "bilinear", block.map(z_grad))
             z_grad = z_grad.view(block.rows, -1)
             weight = weight[call.num_global :]
         if wide_grad is not None:
