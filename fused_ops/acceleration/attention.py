@@ -13,7 +13,6 @@ from fused_ops.acceleration.exchange import (
     Exchanged,
     HandsThrough,
     active_members,
-    is_hooked,
     obstacle_to_whole,
     run_stock,
     type_name,
@@ -26,6 +25,7 @@ from fused_ops.attention.module import POOLED_SIZE, attention_branch
 from fused_ops.attention.triton_block import fits_sizes
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.core.layer_norm import LayerNormState
 
 _CLASSES = {

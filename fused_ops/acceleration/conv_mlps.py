@@ -13,7 +13,6 @@ from fused_ops.acceleration.exchange import (
     Exchanged,
     HandsThrough,
     active_members,
-    is_hooked,
     obstacle_to_whole,
     run_stock,
     type_name,
@@ -23,6 +22,7 @@ from fused_ops.acceleration.layers import activation_of, norm_before
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.feed_forward import op as feed_forward
 from fused_ops.feed_forward.module import check_conv, conv_mlp_on_modules, norm_state
 

@@ -12,7 +12,6 @@ from fused_ops.acceleration.exchange import (
     Exchanged,
     HandsThrough,
     active_members,
-    is_hooked,
     run_stock,
     stock_type,
 )
@@ -22,6 +21,7 @@ from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.depthwise.op import DepthwiseCall, checked_call, depthwise_conv, least_bytes
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_ops.core.hooks import all_hooked, is_hooked
+
 # Attribute names from an ancestor to a module.
 Path = tuple[str, ...]
 # Attribute, outside of parameters, buffers and submodules, by which an exchanged module knows its chain.
 ATTRIBUTE = "_fused_ops_chain"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Hooks of this package look on and change nothing, so they need no stock path.
-_OWN_HOOKS = ("fused_ops.core.explain", "fused_ops.accelerate")
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
@@ -29,15 +28,6 @@ def stock_type(module: nn.Module) -> type[nn.Module]:
 def type_name(module: nn.Module) -> str:
     stock = stock_type(module)
     return f"{stock.__module__}.{stock.__qualname__}"
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody would see, or could change, what goes into or comes out of ``module``."""
-    for name in HOOKS:
-        hooks = getattr(module, name)
-        if hooks and any(getattr(hook, "__module__", "") not in _OWN_HOOKS for hook in hooks.values()):
-            return True
-    return False
 
 
 class Chain:
@@ -130,7 +120,7 @@ def active_members(caller: nn.Module, role: int) -> tuple[nn.Module | None, ...]
     members = None if chain is None else chain.members(unwatched=True)
     if members is None or members[role] is not caller:
         return None
-    if torch.nn.modules.module._global_forward_hooks:
+    if all_hooked():
         return None
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0.0 for module in members):
         return None

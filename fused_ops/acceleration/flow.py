@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fused_ops.acceleration.exchange import HOOKS, type_name
+from fused_ops.acceleration.exchange import type_name
 from fused_ops.acceleration.layers import is_norm, only_scales
+from fused_ops.core.hooks import HOOKS
 
 
 @dataclass

@@ -10,17 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_ops.acceleration.deferred import computed_or_deferred
-from fused_ops.acceleration.exchange import (
-    ATTRIBUTE,
-    Exchanged,
-    active_members,
-    is_hooked,
-    obstacle_to_whole,
-    type_name,
-)
+from fused_ops.acceleration.exchange import ATTRIBUTE, Exchanged, active_members, obstacle_to_whole, type_name
 from fused_ops.acceleration.flow import Flow
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.gate import context_pool, gate_scale, pool_channels, pool_positions
 
 _GATES = {

@@ -17,7 +17,6 @@ from fused_ops.acceleration.exchange import (
     ATTRIBUTE,
     Exchanged,
     active_members,
-    is_hooked,
     obstacle_to_whole,
     stock_type,
     type_name,
@@ -45,6 +44,7 @@ from fused_ops.core.activations import FUNCTIONS
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.batch_norm import BatchNormState
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.hr_chain import op as hr_chain
 
 _DROP_PATHS = {

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fused_ops.acceleration.exchange import is_hooked, stock_type, type_name
+from fused_ops.acceleration.exchange import stock_type, type_name
 from fused_ops.core.batch_norm import BatchNormState
+from fused_ops.core.hooks import is_hooked
 
 if TYPE_CHECKING:
     from fused_ops.acceleration.flow import Flow

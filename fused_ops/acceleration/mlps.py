@@ -11,7 +11,6 @@ from fused_ops.acceleration.exchange import (
     Exchanged,
     HandsThrough,
     active_members,
-    is_hooked,
     run_stock,
     stock_type,
 )
@@ -27,6 +26,7 @@ from fused_ops.acceleration.layers import (
 from fused_ops.acceleration.plan import Family, Plan
 from fused_ops.core.autocast import result_dtype
 from fused_ops.core.checks import FLOAT_TYPES
+from fused_ops.core.hooks import is_hooked
 from fused_ops.feed_forward import op as feed_forward
 from fused_ops.feed_forward.module import mlp_on_modules, norm_state
 from fused_ops.feed_forward.triton import LARGEST_NARROW

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ops.core import distributed
+from fused_ops.core.hooks import is_hooked
 
 
 class BatchNormState(NamedTuple):
@@ -81,7 +82,7 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
     group = ""
     if type(norm) is nn.SyncBatchNorm and norm.training:
         group = distributed.group_name(norm.process_group)
-    if not group or norm._forward_hooks or norm._forward_pre_hooks:
+    if not group or is_hooked(norm):
         return norm(x)
     state = BatchNormState.from_module(norm)
     return distributed.synchronised_batch_norm(

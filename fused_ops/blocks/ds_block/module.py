@@ -25,6 +25,7 @@ from fused_ops.core.cases import Case
 from fused_ops.core.checks import any_requires_grad, check_values_per_channel
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.dropout import draw_seed
+from fused_ops.core.hooks import all_hooked, is_hooked
 from fused_ops.core.initialise import init_linear
 from fused_ops.depthwise import BatchNormState, depthwise_conv
 from fused_ops.feed_forward.module import residual_mlp
@@ -213,12 +214,19 @@ class DSBlock(nn.Module):
 
     def _stock_parameters(self, x: Tensor) -> dict[str, Tensor | None] | None:
         """All parameters by name, where every layer is of the constructor's kind and no hook watches it."""
+        if all_hooked():
+            return None
         parameters: dict[str, Tensor | None] = dict.fromkeys(op.PARAMETERS)
         for name, layer in self.named_modules():
             if name == "":
                 continue
             expected = _STOCK.get(name)
-            if expected is None or type(layer) not in expected or _is_watched(layer):
+            if (
+                expected is None
+                or type(layer) not in expected
+                or is_hooked(layer)
+                or "forward" in layer.__dict__
+            ):
                 return None
             for kind in ("weight", "bias"):
                 parameter = layer._parameters.get(kind)
@@ -318,12 +326,6 @@ _STOCK: dict[str, tuple[type[nn.Module], ...]] = {
     "mlp": (_Mlp,),
     "mlp.act": (nn.GELU,),
 }
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
