@@ -20,12 +20,12 @@ namespace {
 
 using namespace depthwise;
 
-// Blocks that must fit on a multiprocessor.
-template <int K>
-constexpr int MIN_BLOCKS = K == 7 ? 4 : (K == 5 ? 6 : 8);
+// Blocks that must fit on a multiprocessor: as many as leave room for all registers.
+template <int K, int V>
+constexpr int MIN_BLOCKS = K == 7 ? 4 : (K == 5 ? (V == 4 ? 5 : 6) : 8);
 
 template <typename T, int K, int S, int V, bool STATISTICS>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<K>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<K, V>)
     planes_forward(const __grid_constant__ ForwardArguments arguments) {
     constexpr int COLUMNS = round_up((V - 1) * S + K, V);
     // Output rows that still wait for input when one is finished.

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.contract import require
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,9 +20,11 @@ from fused_ops.blocks import DSBlock
 from fused_ops.blocks.checkpointing import checkpoint_block
 from fused_ops.blocks.ds_block import op
 from fused_ops.blocks.ds_block import reference as ds_block_reference
+from fused_ops.blocks.ds_block import triton as ds_block_triton
 from fused_ops.blocks.ds_block.cases import CASES
 from fused_ops.co_attention import reference as co_attention_reference
 from fused_ops.core import backends, drop_path, environment
+from fused_ops.depthwise import op as depthwise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = [case.name for case in CASES if "tiny" in case.tags]
@@ -39,7 +42,11 @@ EXACTNESS = [
     *itertools.product(CHAIN_NAMES, [False], DTYPES, [False, True]),
 ]
 
-pytestmark = pytest.mark.skipif(not environment.interpreting(), reason="TRITON_INTERPRET=1 is not set")
+
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    if "gpu" not in request.keywords and not environment.interpreting():
+        pytest.skip("Triton compiles for the GPU in this run; its interpreter is off")
 
 
 def make(name, dtype=torch.float64, batch=None):
@@ -57,7 +64,7 @@ def evaluate(block, x, seed=1):
     x = x.detach().requires_grad_()
     out = block(x)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    out.backward(cotangent.to(out.dtype))
+    out.backward(cotangent.to(out.device, out.dtype))
     values = {"output": out, "gradient of x": x.grad}
     values |= {f"gradient of {name}": p.grad for name, p in block.named_parameters()}
     values |= {name: b for name, b in block.named_buffers() if b.is_floating_point()}
@@ -105,6 +112,46 @@ def test_kernels_are_as_exact_as_pytorch(name, whole, dtype, training):
     kernels, operators = chosen(forced if whole else watch(forced), x)
     assert (operators == ["ds_block"]) == whole
     check(kernels, plain, reference, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_on_a_gpu(backend, name, training, dtype):
+    """Blocks of the published models too; ``auto`` with CUDA's convolutions where they are built."""
+    block, x = make(name)
+    x, rounded = x.to("cuda", dtype), block.to("cuda", dtype).train(training)
+    eager, forced, exact = copy.deepcopy(rounded), copy.deepcopy(rounded), copy.deepcopy(rounded).double()
+    with fused_ops.backend("reference"):
+        reference = evaluate(exact, x.double())
+        plain = evaluate(eager, x)
+    kernels, operators = chosen(forced, x, backend)
+    assert operators == ["ds_block"] or backend == "auto"
+    check(kernels, plain, reference, dtype)
+
+
+def test_convolutions_by_cuda_kernels(request):
+    """As ``auto`` has it where the CUDA library is there: maps and gradients in slices of wider buffers."""
+    require("cuda", "cpu", request)
+    block, x = make("tiny", torch.float32)
+    exact, plain = copy.deepcopy(block).double(), copy.deepcopy(block)
+    with fused_ops.backend("reference"):
+        reference, eager = evaluate(exact, x.double()), evaluate(plain, x)
+    (cuda,) = (one for one in depthwise.BACKENDS if one.name == "cuda")
+    calls = []
+
+    def kernels(call, backend):
+        assert cuda.can_run(call)[0], cuda.can_run(call)[1]
+        calls.append(call)
+        return cuda
+
+    with mock.patch.object(ds_block_triton, "_depthwise_kernels", kernels):
+        found, operators = chosen(block, x)
+    assert operators == ["ds_block"]
+    assert len(calls) == 4
+    check(found, eager, reference, torch.float32)
 
 
 def test_large_mean():
