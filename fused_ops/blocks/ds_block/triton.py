@@ -144,9 +144,8 @@ class _Block:
 
     def layer_norm(self, norm: str, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Result, mean and one over the spread."""
-        weight, bias = (_cast(tensor, self.x) for tensor in self.affine(norm))
         width = [tokens.shape[-1]]
-        return torch.native_layer_norm(tokens, width, weight, bias, self.call.eps_of(norm))
+        return torch.native_layer_norm(tokens, width, *self.affine(norm), self.call.eps_of(norm))
 
     def map(self, tokens: Tensor) -> Tensor:
         """(B, N, C) as a map (B, C, H, W), a view."""
@@ -498,7 +497,7 @@ class _Backward:
 
     def _layer_norm(self, norm: str, out_grad: Tensor, tokens: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         """A LayerNorm's gradients; returns its input's."""
-        weight, bias = (_cast(tensor, tokens) for tensor in self.block.affine(norm))
+        weight, bias = self.block.affine(norm)
         needs = [True, *(self.stages.needs[f"{norm}.{kind}"] for kind in ("weight", "bias"))]
         x_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
             out_grad.view(tokens.shape), tokens, [tokens.shape[-1]], mean, rstd, weight, bias, needs
