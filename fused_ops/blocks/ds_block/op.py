@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.blocks.ds_block import triton
+from fused_ops.blocks.ds_block.reference import grid_size
 from fused_ops.core import library
 from fused_ops.core.backends import Backend, reference_can_run
 
@@ -107,7 +108,7 @@ class DSBlockCall:
         height, width = self.x.shape[2:]
         if self.global_down == "dwconv":
             return (height - 1) // self.downsample + 1, (width - 1) // self.downsample + 1
-        return max(height // self.downsample, 1), max(width // self.downsample, 1)
+        return grid_size(height, width, self.downsample)
 
     @property
     def needs_grad(self) -> bool:
@@ -205,7 +206,7 @@ _FORWARD_SCHEMA = (
 # What was kept as one list: PyTorch takes no more than 64 arguments.
 _BACKWARD_SCHEMA = (
     f"ds_block_backward(Tensor grad, {_ARGUMENTS}, Tensor[] kept, {_OPTIONS}, bool[] needs, str backend) "
-    f"-> ({', '.join(f'Tensor {name.replace(chr(46), chr(95))}_grad' for name in _TENSORS)})"
+    f"-> ({_schema_names([f'{name}_grad' for name in _TENSORS], False)})"
 )
 
 
