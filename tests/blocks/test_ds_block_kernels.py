@@ -32,8 +32,7 @@ NAMES = [case.name for case in CASES if "tiny" in case.tags]
 CHAIN_NAMES = ["tiny", "convolution_only"]
 # Name, as one operator, dtype, training; the rest are extended tests.
 QUICK = [
-    *((name, True, torch.float32, True) for name in ("tiny", "tiny_no_star", "odd", "mostly_attention")),
-    ("tiny", True, torch.float32, False),
+    *((name, True, torch.float32, True) for name in ("tiny", "tiny_no_star", "odd")),
     ("tiny", True, torch.bfloat16, True),
     ("tiny", False, torch.float32, True),
 ]
@@ -165,7 +164,9 @@ def test_large_mean():
     check(kernels, eager, reference, torch.float32)
 
 
-@pytest.mark.parametrize("frozen", ["all", "norm1", pytest.param("norm_conv2", marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "frozen", ["all", *(pytest.param(name, marks=pytest.mark.extended) for name in ("norm1", "norm_conv2"))]
+)
 def test_frozen_norms(frozen):
     """Norms in evaluation inside a block in training, with gradients; each on its own."""
     torch.manual_seed(0)
@@ -183,7 +184,8 @@ def test_frozen_norms(frozen):
     check(kernels, eager, reference, torch.float32)
 
 
-@pytest.mark.parametrize("affine", [False, pytest.param(True, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("affine", [False, True])
 def test_norm_settings(affine):
     """Momentum None, no running statistics, no affine part."""
     block, x = make("tiny", torch.float32)
@@ -318,11 +320,15 @@ def everything():
     return found
 
 
-@pytest.mark.parametrize("wanted", GROUPS, ids=",".join)
+@pytest.mark.parametrize(
+    "wanted",
+    [pytest.param(group, marks=pytest.mark.extended if i % 2 else ()) for i, group in enumerate(GROUPS)],
+    ids=",".join,
+)
 def test_subsets_of_gradients(wanted, everything):
     """Those that are asked for are what they are among all; no other is there."""
-    # By batch statistics every second one, since those ask for more than gradients do.
-    training = GROUPS.index(wanted) % 2 == 0
+    # By batch statistics half of them, since those ask for more than gradients do.
+    training = GROUPS.index(wanted) % 4 < 2
     block, x = make("tiny", torch.float32)
     block.train(training)
     everything = everything[training]
@@ -382,6 +388,7 @@ def test_autocast():
     check(kernels, plain, reference, torch.bfloat16)
 
 
+@pytest.mark.extended
 def test_repeats_bit_by_bit():
     block, x = make("tiny", torch.float32)
     block.attn_drop.p = 0.2
@@ -419,7 +426,9 @@ def test_compiles_whole(name):
 @pytest.mark.parametrize(
     ("name", "keep"),
     [
-        pytest.param(name, keep, marks=() if (name, keep) == ("tiny", True) else pytest.mark.extended)
+        pytest.param(
+            name, keep, marks=() if (name, keep) == ("convolution_only", True) else pytest.mark.extended
+        )
         for name in ("tiny", "mostly_attention", "convolution_only", "tiny_no_star")
         for keep in (False, True)
     ],

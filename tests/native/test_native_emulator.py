@@ -45,9 +45,9 @@ def test_a_missing_barrier_is_reported(tools):
     ("barrier", "kernels"),
     [
         (0, ("depthwise_backward", "planes_backward", "planes_forward")),
-        (1, ("planes_backward", "planes_forward")),
+        pytest.param(1, ("planes_backward", "planes_forward"), marks=pytest.mark.extended),
         (2, ("planes_backward",)),
-        (3, ("depthwise_backward",)),
+        pytest.param(3, ("depthwise_backward",), marks=pytest.mark.extended),
         (6, ("depthwise_backward",)),
     ],
 )

@@ -24,9 +24,9 @@ def test_parsing():
     assert "spills" in resources.format_table([row])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_kernel_spills(tools):
-    """On the architecture that `make setup` compiles for; the committed report has all of them."""
+    """Compiled here, for one architecture; the committed report has all of them, and is held to the sources."""
     try:
         tools.find_toolkit()
         resources.find_cuobjdump()

@@ -417,7 +417,9 @@ def test_compiled_by_inductor(image_folder, tmp_path):
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.extended)], ids=["eager", "compiled"]
+)
 def test_float16(compiled, graphs, monkeypatch):
     """The engine alone, as the command leaves float16 to GPUs; the loss is scaled, resuming included."""
 
