@@ -26,7 +26,7 @@ def test_parsing():
 
 @pytest.mark.extended
 def test_no_kernel_spills(tools):
-    """Compiled here, for one architecture; the committed report has all of them, and is held to the sources."""
+    """Compiled here, for one architecture; the committed report has all, and is held to the sources."""
     try:
         tools.find_toolkit()
         resources.find_cuobjdump()
