@@ -46,10 +46,7 @@ class Operator:
 
 def register(operator: Operator) -> Operator:
     """Add ``operator`` to the registry over which tests and bench go."""
-    if operator.name in _operators:
-        raise ValueError(f"operator {operator.name!r} is registered already")
-    _operators[operator.name] = operator
-    return operator
+    return _add(operator, _operators)
 
 
 def operators() -> dict[str, Operator]:
@@ -66,22 +63,24 @@ class Block:
         function: ``function(**case.arguments)``.
         cases: sample blocks and inputs (see :mod:`fused_ops.core.cases`).
         families: operators whose kernels it launches.
-        overloads: the torch operators behind it.
     """
 
     name: str
     function: Callable[..., Any]
     cases: Callable[[], Sequence[Any]]
     families: tuple[str, ...]
-    overloads: tuple[Any, ...]
 
 
 def register_block(block: Block) -> Block:
     """Add ``block`` to those that the bench goes over."""
-    if block.name in _blocks:
-        raise ValueError(f"block {block.name!r} is registered already")
-    _blocks[block.name] = block
-    return block
+    return _add(block, _blocks)
+
+
+def _add(entry: Any, known: dict[str, Any]) -> Any:
+    if entry.name in known:
+        raise ValueError(f"{type(entry).__name__.lower()} {entry.name!r} is registered already")
+    known[entry.name] = entry
+    return entry
 
 
 def blocks() -> dict[str, Block]:

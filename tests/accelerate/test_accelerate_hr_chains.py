@@ -6,16 +6,15 @@ import copy
 import pickle
 
 import pytest
+import timm.layers as timm_layers
 import torch
 import torch.nn.functional as F
 from accelerate_helpers import assert_same, module_step
 from torch import nn
+from torchvision.ops import StochasticDepth
+from torchvision.ops.misc import Permute
 
 import fused_ops
-
-timm_layers = pytest.importorskip("timm.layers")
-from torchvision.ops import StochasticDepth  # noqa: E402
-from torchvision.ops.misc import Permute  # noqa: E402
 
 DIM, HIDDEN = 6, 15
 EVEN, ODD = (3, DIM, 6, 8), (3, DIM, 7, 5)

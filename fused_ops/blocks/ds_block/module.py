@@ -190,6 +190,7 @@ class DSBlock(nn.Module):
         if parameters is None:
             return None
         norms = [getattr(self, name, None) for name in op.BATCH_NORMS]
+        layer_norms = [getattr(self, name, None) for name in op.LAYER_NORMS]
         dropout = self.attn_drop.p if self.training else 0.0
         return op.DSBlockCall(
             cast(x, autocast_dtype(x) or x.dtype),
@@ -203,14 +204,11 @@ class DSBlock(nn.Module):
             self.align,
             self.global_down,
             [norm is not None and (norm.training or norm.running_mean is None) for norm in norms],
-            [1e-5 if norm is None else norm.eps for norm in (*norms, *self._layer_norms())],
+            [1e-5 if norm is None else norm.eps for norm in (*norms, *layer_norms)],
             [""] * len(norms),
             dropout,
             any_requires_grad(x, *parameters.values()),
         )
-
-    def _layer_norms(self) -> list[nn.Module | None]:
-        return [getattr(self, name, None) for name in op.LAYER_NORMS]
 
     def _stock_parameters(self, x: Tensor) -> dict[str, Tensor | None] | None:
         """All parameters by name, where every layer is of the constructor's kind and no hook watches it."""
@@ -375,6 +373,5 @@ library.register_block(
         _run_case,
         _cases,
         ("depthwise", "attention", "co_attention", "feed_forward", "resample"),
-        op.DIFFERENTIABLE.overloads,
     )
 )

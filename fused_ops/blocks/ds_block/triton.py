@@ -10,7 +10,7 @@ back is not kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fused_ops.attention import op as attention
 from fused_ops.blocks.layout import map_to_tokens, tokens_to_map
 from fused_ops.co_attention import op as co_attention
 from fused_ops.co_attention import triton as co_attention_triton
-from fused_ops.core import backends, library
+from fused_ops.core import backends, distributed, library
 from fused_ops.depthwise import op as depthwise
 from fused_ops.feed_forward import op as feed_forward
 from fused_ops.feed_forward import triton as feed_forward_triton
@@ -46,7 +46,7 @@ def can_run(call: Any) -> tuple[bool, str]:
     height, width = call.grid
     tokens = x.new_empty((1, 1, 1, 1)).expand(x.shape[0], height * width, call.num_heads, -1)
     tokens = tokens.expand(-1, -1, -1, call.num_global // call.num_heads)
-    ok, reason = attention.BACKENDS[0].can_run(_attention_call(call, tokens, tokens, tokens))
+    ok, reason = attention.triton.can_run(_attention_call(call, tokens, tokens, tokens))
     if ok and call.align:
         local = tokens[:, :1].expand(-1, x.shape[2] * x.shape[3], -1, -1)
         ok, reason = co_attention_triton.can_run(
@@ -454,12 +454,12 @@ class _Backward:
         x2_grad = self._mlp(grad.contiguous(memory_format=torch.channels_last))
         if last < 1:
             return self.gradients
-        mixed_grad, tokens_grad = self._last_convolution(x2_grad)
+        mixed_grad, tokens_grad, attended_grad = self._last_convolution(x2_grad)
         if last < 2:
             return self.gradients
         local_grad = mixed_grad
         if call.align:
-            local_grad, tokens_grad = self._align(mixed_grad, tokens_grad)
+            local_grad, tokens_grad = self._align(mixed_grad, tokens_grad, attended_grad)
         if last < 3:
             return self.gradients
         wide_grad = None
@@ -505,10 +505,10 @@ class _Backward:
         self.gradients[f"{norm}.weight"], self.gradients[f"{norm}.bias"] = weight_grad, bias_grad
         return x_grad
 
-    def _folded(self, layer: str, norm: str, out_grad: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
+    def _folded(self, layer: str, norm: str, out_grads: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Gradients of a 1x1 convolution and the BatchNorm before it; returns that norm's sums (2, C).
 
-        ``out_grad``: by groups of outputs, their gradient and the normalised values, (rows, ...) each.
+        ``out_grads``: by groups of outputs, their gradient and the normalised values, (rows, ...) each.
         """
         uses_batch, needs = self.call.uses_batch(norm), self.stages.needs
         names = (f"{layer}.weight", f"{norm}.weight", f"{norm}.bias")
@@ -516,11 +516,10 @@ class _Backward:
         if not (uses_batch or any(needs[name] for name in names) or needs[f"{layer}.bias"]):
             return None
         weight = self.block.parameters[f"{layer}.weight"]
-        out_grad = list(out_grad)
         product = self.block.x.new_empty(_matrix(weight).shape)
         totals = product.new_empty(product.shape[0], dtype=torch.float32)
         start = 0
-        for grad, values in out_grad:
+        for grad, values in out_grads:
             rows = slice(start, start + grad.shape[1])
             torch.mm(grad.t(), values, out=product[rows])
             torch.sum(grad, 0, dtype=torch.float32, out=totals[rows])
@@ -538,7 +537,7 @@ class _Backward:
         triton_norm.folded_gradients(product, totals, _matrix(weight), *affine, tuple(made), sums)
         self.gradients.update({name: one for name, one in zip(names, made, strict=True) if one is not None})
         if sums is not None and (group := self.call.group_of(norm)):
-            triton_norm.distributed.exchange_sums(sums, self.block.rows, group)
+            distributed.exchange_sums(sums, self.block.rows, group)
         return sums
 
     def _norm_input(
@@ -572,8 +571,11 @@ class _Backward:
         self.gradients.update(zip(names, made[1:], strict=False))
         return block.map(made[0]) if wanted[0] else made[0]
 
-    def _last_convolution(self, x2_grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The second 1x1 convolution's gradients; returns those of ``mixed`` and of the global tokens."""
+    def _last_convolution(self, x2_grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the second 1x1 convolution and of the global tokens' projection before it.
+
+        Returns those of ``mixed``, of the global tokens, and of what they get from the local ones.
+        """
         call, block, needs, kept = self.call, self.block, self.stages.needs, self.kept
         branch_grad = map_to_tokens(x2_grad)
         factors = call.drop_path[0]
@@ -581,7 +583,7 @@ class _Backward:
             branch_grad = block.scaled(branch_grad, None, torch.empty_like(branch_grad))
         branch_grad = branch_grad.view(block.rows, block.channels)
         weight_grad = block.x.new_empty((block.channels, block.channels)) if needs["conv2.weight"] else None
-        mixed_grad = tokens_grad = None
+        mixed_grad = tokens_grad = attended_grad = None
         if call.num_global:
             up_grad = block.x.new_empty((block.batch, call.grid[0] * call.grid[1], block.channels))
             resample.backward(x2_grad, factors, "bilinear", tokens_to_map(up_grad, call.grid))
@@ -594,7 +596,7 @@ class _Backward:
                 torch.mm(up_grad.t(), tokens.flatten(0, 1), out=weight_grad[:, call.num_local :])
             if call.align:
                 to_tokens, rows = kept["global_out"].flatten(0, 1), tokens_grad.flatten(0, 1)
-                self.global_out_grad = self._linear("fuse_channel_sa", rows, to_tokens)
+                attended_grad = self._linear("fuse_channel_sa", rows, to_tokens)
         else:
             totals = self._total(branch_grad)
         if call.num_local:
@@ -607,7 +609,7 @@ class _Backward:
         if weight_grad is not None:
             self.gradients["conv2.weight"] = weight_grad
         self.gradients["conv2.bias"] = totals
-        return mixed_grad, tokens_grad
+        return mixed_grad, tokens_grad, attended_grad
 
     def _local_weights(self, product: Tensor, totals: Tensor, weight_grad: Tensor | None) -> None:
         """The local half of the second 1x1 convolution, and the projection that is multiplied into it.
@@ -630,8 +632,11 @@ class _Backward:
         if weight_grad is not None:
             weight_grad[:, :num_local].copy_(of_local)
 
-    def _align(self, mixed_grad: Tensor, tokens_grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Co-attention's gradients; returns those of the local stream before it and of the global tokens."""
+    def _align(self, mixed_grad: Tensor, tokens_grad: Tensor, attended_grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Co-attention's gradients; returns those of the local stream before it and of the global tokens.
+
+        ``attended_grad``: of what the global tokens get from the local ones, (B M, C).
+        """
         call, block, kept = self.call, self.block, self.kept
         num_local, heads = call.num_local, call.num_heads
         streams = [_heads(call, kept[name]) for name in ("local_qkv", "global_qkv")]
@@ -646,7 +651,7 @@ class _Backward:
         co_attention_triton.backward(
             _co_attention_call(call, *streams),
             mixed_grad[..., num_local:].unflatten(-1, (heads, -1)),
-            self.global_out_grad.view(query.shape),
+            attended_grad.view(query.shape),
             (
                 None if whole else attended,
                 None if whole else kept["local_lse"],
