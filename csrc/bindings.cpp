@@ -11,10 +11,11 @@
 #include <string>
 
 #include "depthwise/arguments.h"
+#include "hr_chain/arguments.h"
 
 namespace {
 
-using fused_ops::depthwise::TensorView;
+using fused_ops::TensorView;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -122,6 +123,53 @@ void depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weigh
            "depthwise_backward");
 }
 
+void hr_chain_forward(const Tensor& x, const Tensor& high_weight, const Optional& high_bias,
+                      const Tensor& low_weight, const Tensor& fc1_weight, const Optional& fc1_bias,
+                      const Tensor& fc2_weight, const Optional& fc2_bias, const Optional& norm_weight,
+                      const Optional& norm_bias, const Tensor& mean, const Tensor& var,
+                      const Optional& drop_path, const Optional& unbiased_var, const Tensor& out,
+                      const Optional& low, bool batch_stats, double eps, int64_t activation, bool identity,
+                      int64_t stages) {
+    const Views view(x);
+    auto params = fused_ops::hr_chain::forward_params(
+        {view(x, "x"), view(high_weight, "high_weight"), view(high_bias, "high_bias"),
+         view(low_weight, "low_weight"), view(fc1_weight, "fc1_weight"), view(fc1_bias, "fc1_bias"),
+         view(fc2_weight, "fc2_weight"), view(fc2_bias, "fc2_bias"), view(norm_weight, "norm_weight"),
+         view(norm_bias, "norm_bias"), view(mean, "mean"), view(var, "var"), view(drop_path, "drop_path")},
+        view(out, "out"), view(low, "low"), view(unbiased_var, "unbiased_var"),
+        {batch_stats, eps, activation, identity, stages});
+    launch(x, params, fused_ops::hr_chain_forward_workspace, fused_ops::launch_hr_chain_forward,
+           "hr_chain_forward");
+}
+
+void hr_chain_backward(const Tensor& grad, const Tensor& low, const Tensor& x, const Tensor& high_weight,
+                       const Optional& high_bias, const Tensor& low_weight, const Tensor& fc1_weight,
+                       const Optional& fc1_bias, const Tensor& fc2_weight, const Optional& fc2_bias,
+                       const Optional& norm_weight, const Optional& norm_bias, const Tensor& mean,
+                       const Tensor& var, const Optional& drop_path, const Optional& x_grad,
+                       const Optional& high_weight_grad, const Optional& high_bias_grad,
+                       const Optional& low_weight_grad, const Optional& fc1_weight_grad,
+                       const Optional& fc1_bias_grad, const Optional& fc2_weight_grad,
+                       const Optional& fc2_bias_grad, const Optional& norm_weight_grad,
+                       const Optional& norm_bias_grad, const Optional& low_grad, const Optional& sums,
+                       bool batch_stats, double eps, int64_t activation, bool identity, int64_t stages) {
+    const Views view(x);
+    auto params = fused_ops::hr_chain::backward_params(
+        view(grad, "grad"), view(low, "low"),
+        {view(x, "x"), view(high_weight, "high_weight"), view(high_bias, "high_bias"),
+         view(low_weight, "low_weight"), view(fc1_weight, "fc1_weight"), view(fc1_bias, "fc1_bias"),
+         view(fc2_weight, "fc2_weight"), view(fc2_bias, "fc2_bias"), view(norm_weight, "norm_weight"),
+         view(norm_bias, "norm_bias"), view(mean, "mean"), view(var, "var"), view(drop_path, "drop_path")},
+        {view(x_grad, "x_grad"), view(high_weight_grad, "high_weight_grad"),
+         view(high_bias_grad, "high_bias_grad"), view(low_weight_grad, "low_weight_grad"),
+         view(fc1_weight_grad, "fc1_weight_grad"), view(fc1_bias_grad, "fc1_bias_grad"),
+         view(fc2_weight_grad, "fc2_weight_grad"), view(fc2_bias_grad, "fc2_bias_grad"),
+         view(norm_weight_grad, "norm_weight_grad"), view(norm_bias_grad, "norm_bias_grad")},
+        view(low_grad, "low_grad"), view(sums, "sums"), {batch_stats, eps, activation, identity, stages});
+    launch(x, params, fused_ops::hr_chain_backward_workspace, fused_ops::launch_hr_chain_backward,
+           "hr_chain_backward");
+}
+
 }  // namespace
 
 // mean and var are written by the statistics stage of a forward with batch_stats.
@@ -130,6 +178,13 @@ void depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weigh
     "int activation, "                                                          \
     "int residual_mode, bool identity, int stages, int tile_vector, int "       \
     "tile_columns, int tile_rows"
+
+#define FUSED_OPS_HR_CHAIN_INPUTS                                                            \
+    "Tensor x, Tensor high_weight, Tensor? high_bias, Tensor low_weight, Tensor fc1_weight, " \
+    "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "            \
+    "Tensor? norm_bias, "
+#define FUSED_OPS_HR_CHAIN_OPTIONS \
+    "bool batch_stats, float eps, int activation, bool identity, int stages) -> ()"
 
 STABLE_TORCH_LIBRARY(fused_ops_native, m)
 {
@@ -148,12 +203,23 @@ STABLE_TORCH_LIBRARY(fused_ops_native, m)
         "norm_weight_grad, "
         "Tensor(e!)? norm_bias_grad, Tensor(f!)? residual_grad, Tensor(g!)? "
         "sums, " FUSED_OPS_OPTIONS ") -> ()");
+    m.def("hr_chain_forward(" FUSED_OPS_HR_CHAIN_INPUTS
+          "Tensor(a!) mean, Tensor(b!) var, Tensor? drop_path, Tensor(c!)? unbiased_var, "
+          "Tensor(d!) out, Tensor(e!)? low, " FUSED_OPS_HR_CHAIN_OPTIONS);
+    m.def("hr_chain_backward(Tensor grad, Tensor low, " FUSED_OPS_HR_CHAIN_INPUTS
+          "Tensor mean, Tensor var, Tensor? drop_path, Tensor(a!)? x_grad, Tensor(b!)? high_weight_grad, "
+          "Tensor(c!)? high_bias_grad, Tensor(d!)? low_weight_grad, Tensor(e!)? fc1_weight_grad, "
+          "Tensor(f!)? fc1_bias_grad, Tensor(g!)? fc2_weight_grad, Tensor(h!)? fc2_bias_grad, "
+          "Tensor(i!)? norm_weight_grad, Tensor(j!)? norm_bias_grad, Tensor(k!)? low_grad, "
+          "Tensor(l!)? sums, " FUSED_OPS_HR_CHAIN_OPTIONS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops_native, CUDA, m)
 {
     m.impl("depthwise_forward", TORCH_BOX(&depthwise_forward));
     m.impl("depthwise_backward", TORCH_BOX(&depthwise_backward));
+    m.impl("hr_chain_forward", TORCH_BOX(&hr_chain_forward));
+    m.impl("hr_chain_backward", TORCH_BOX(&hr_chain_backward));
 }
 
 // Read by fused_ops/core/native.py through ctypes.

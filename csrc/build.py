@@ -43,7 +43,7 @@ LIBRARY = ROOT / "fused_ops" / "_native.so"
 SUPPORTED_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 # Version of what fused_ops/core/native.py and the op files expect of the library; raise both together.
-INTERFACE = 3
+INTERFACE = 4
 
 # The oldest torch whose stable ABI the library is written for: 2.11.
 TORCH_MINIMUM = (2, 11)
@@ -84,6 +84,14 @@ UNITS = (
         for direction in ("planes_backward", "planes_forward", "backward", "forward")
         for size in (7, 5, 3)
         for code, name in enumerate(_TYPES)
+    ),
+    Unit("hr_chain_sequence", "hr_chain/sequence.cu"),
+    Unit("hr_chain_finish", "hr_chain/finish.cu"),
+    *(
+        Unit(f"hr_chain_{part}_{name}", f"hr_chain/{part}.cu", (f"FUSED_OPS_SCALAR={code}",))
+        for part in ("forward", "low_backward", "maps_backward")
+        for code, name in enumerate(_TYPES)
+        if name != "float32"
     ),
 )
 

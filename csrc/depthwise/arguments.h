@@ -5,23 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
+#include "../common/tensor_view.h"
 #include "params.h"
 
 namespace fused_ops::depthwise {
-
-// A tensor's address, sizes and strides; data is null where there is none.
-struct TensorView {
-    void* data = nullptr;
-    ScalarType type = ScalarType::float32;
-    int dimensions = 0;
-    int64_t sizes[4] = {};
-    int64_t strides[4] = {};
-
-    bool given() const { return dimensions != 0; }
-};
 
 // What both directions are told beside tensors, in the order of the operators' schemas.
 struct Options {
@@ -42,21 +31,15 @@ struct BackwardTensors {
     TensorView x_grad, weight_grad, bias_grad, norm_weight_grad, norm_bias_grad, residual_grad, sums;
 };
 
-inline void require(bool condition, const char* name, const std::string& what) {
-    if (!condition) {
-        throw std::invalid_argument(std::string(name) + " " + what);
-    }
-}
-
 // A feature map (batch, channels, height, width), or none.
-inline Map map_of(const TensorView& view, const DepthwiseProblem& p, int64_t height, int64_t width,
-                  const char* name) {
+inline Map map_of(const TensorView& view, ScalarType type, int64_t batch, int64_t channels, int64_t height,
+                  int64_t width, const char* name) {
     if (!view.given()) {
         return {};
     }
     require(view.dimensions == 4, name, "must have 4 dimensions");
-    require(view.type == p.type, name, "must have the element type of x");
-    const int64_t sizes[] = {p.batch, p.channels, height, width};
+    require(view.type == type, name, "must have the element type of x");
+    const int64_t sizes[] = {batch, channels, height, width};
     for (int i = 0; i < 4; ++i) {
         require(view.sizes[i] == sizes[i], name,
                 "has size " + std::to_string(view.sizes[i]) + " in dimension " + std::to_string(i) +
@@ -67,6 +50,11 @@ inline Map map_of(const TensorView& view, const DepthwiseProblem& p, int64_t hei
         return view.sizes[dimension] > 1 ? view.strides[dimension] : 0;
     };
     return {view.data, {stride(0), stride(1), stride(2), stride(3)}};
+}
+
+inline Map map_of(const TensorView& view, const DepthwiseProblem& p, int64_t height, int64_t width,
+                  const char* name) {
+    return map_of(view, p.type, p.batch, p.channels, height, width, name);
 }
 
 // Settles in which layout the kernels see the maps: all of them have neighbouring channels, or columns.
@@ -81,44 +69,32 @@ inline void choose_layout(DepthwiseProblem& p, std::initializer_list<const Tenso
             "must all have neighbouring channels (channels_last) or all neighbouring columns (NCHW)");
 }
 
-inline ChannelValues values_of(const TensorView& view, const DepthwiseProblem& p, const char* name) {
+// `count` values, one per channel, image or hidden unit, or none.
+inline ChannelValues values_of(const TensorView& view, int64_t count, const char* name) {
     if (!view.given()) {
         return {};
     }
-    require(view.dimensions == 1 && view.sizes[0] == p.channels, name,
-            "must have one value per channel, " + std::to_string(p.channels));
+    require(view.dimensions == 1 && view.sizes[0] == count, name,
+            "must have " + std::to_string(count) + " values");
     return {view.data, view.type, view.strides[0]};
 }
 
-inline DepthwiseWeight weight_of(const TensorView& view, const DepthwiseProblem& p, const char* name) {
+inline ChannelValues values_of(const TensorView& view, const DepthwiseProblem& p, const char* name) {
+    return values_of(view, p.channels, name);
+}
+
+inline DepthwiseWeight weight_of(const TensorView& view, int64_t channels, int64_t kernel, const char* name) {
     if (!view.given()) {
         return {};
     }
-    require(view.dimensions == 4 && view.sizes[0] == p.channels && view.sizes[1] == 1 &&
-                view.sizes[2] == p.kernel && view.sizes[3] == p.kernel,
+    require(view.dimensions == 4 && view.sizes[0] == channels && view.sizes[1] == 1 &&
+                view.sizes[2] == kernel && view.sizes[3] == kernel,
             name, "must have one square filter per channel");
     return {view.data, view.type, view.strides[0], view.strides[2], view.strides[3]};
 }
 
-inline float* floats_of(const TensorView& view, int64_t count, const char* name) {
-    if (!view.given()) {
-        return nullptr;
-    }
-    int64_t elements = 1;
-    for (int i = view.dimensions - 1; i >= 0; --i) {
-        require(view.strides[i] == elements || view.sizes[i] == 1, name, "must be contiguous");
-        elements *= view.sizes[i];
-    }
-    require(view.type == ScalarType::float32 && elements == count, name,
-            "must be float32 with " + std::to_string(count) + " elements");
-    return static_cast<float*>(view.data);
-}
-
-template <typename Enumeration>
-Enumeration enumeration(int64_t value, Enumeration last, const char* name) {
-    require(value >= 0 && value <= static_cast<int64_t>(last), name,
-            "has no meaning for " + std::to_string(value));
-    return static_cast<Enumeration>(value);
+inline DepthwiseWeight weight_of(const TensorView& view, const DepthwiseProblem& p, const char* name) {
+    return weight_of(view, p.channels, p.kernel, name);
 }
 
 inline DepthwiseProblem problem_of(const TensorView& x, const TensorView& weight, const TensorView& residual,

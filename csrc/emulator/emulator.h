@@ -55,6 +55,8 @@ enum class Mode { sequential, concurrent };
 
 inline Mode mode = Mode::sequential;
 inline int multiprocessors = 4;
+// Whether blocks run in clusters, as on GPUs from compute capability 9.0 on.
+inline bool clusters = true;
 constexpr uint32_t WARP = 32;
 
 // [begin, end) addresses.
@@ -229,11 +231,22 @@ class CoroutineBarrier : public Barrier {
     uint64_t generation_ = 0;
 };
 
+// What a lane contributes to a product of its warp.
+struct Words {
+    uint32_t words[6];
+};
+
 // What the threads of the running block share.
 struct Block {
     Barrier* barrier = nullptr;
     std::vector<Barrier*> warp_barriers;
     std::vector<uint64_t> exchange;  // one slot per thread, for shuffles
+    std::vector<Words> fragments;    // the same, for products
+    // Memory beyond the kernel's own, of exactly the size that the launch asked for.
+    std::vector<float> dynamic_shared;
+    uint32_t rank = 0;  // in its cluster
+    std::vector<Block>* cluster = nullptr;
+    Barrier* cluster_barrier = nullptr;
 };
 
 // What one CUDA thread has asked of global memory in the running block.
@@ -242,14 +255,13 @@ struct Requests {
     uint64_t bytes = 0;
 };
 
-// Shared memory beyond the kernel's own, of exactly the size that the launch asked for.
-inline float* dynamic_shared = nullptr;
-
 // A barrier of the block that every thread passes without waiting, counted from the block's first; negative:
 // none. A test sets it to see that the barrier's absence is noticed.
 inline int skipped_barrier = -1;
 
 inline thread_local Block* block = nullptr;
+// Of the running block; what FUSED_OPS_DYNAMIC_SHARED names.
+inline thread_local float* dynamic_shared = nullptr;
 inline thread_local int barriers_passed = 0;
 inline thread_local Requests* requests = nullptr;
 inline std::atomic<size_t> misaligned_bytes = 0;
@@ -300,47 +312,100 @@ inline thread_local fused_ops::emulator::Index3 threadIdx, blockIdx, blockDim, g
 
 namespace fused_ops::emulator {
 
+// The blocks of one cluster at a time, which run together, with barriers of one of the two kinds.
+template <typename SomeBarrier>
+class Cluster {
+  public:
+    template <typename... Options>
+    Cluster(uint32_t count, uint32_t block_threads, uint32_t shared_bytes, const Options&... options)
+        : threads(count * block_threads), blocks_(count), block_threads_(block_threads),
+          all_(std::make_unique<SomeBarrier>(options...)) {
+        for (uint32_t rank = 0; rank < count; ++rank) {
+            Block& one = blocks_[rank];
+            one.rank = rank;
+            one.cluster = &blocks_;
+            one.cluster_barrier = all_.get();
+            one.exchange.resize(block_threads);
+            one.fragments.resize((block_threads + WARP - 1) / WARP * WARP);
+            // NaN where nothing was written, so that a kernel that reads it shows.
+            one.dynamic_shared.assign(shared_bytes / sizeof(float), std::nanf(""));
+            barriers_.push_back(std::make_unique<SomeBarrier>(options...));
+            one.barrier = barriers_.back().get();
+            requests_.emplace_back(block_threads);
+            for (uint32_t first = 0; first < block_threads; first += WARP) {
+                barriers_.push_back(std::make_unique<SomeBarrier>(options...));
+                one.warp_barriers.push_back(barriers_.back().get());
+            }
+        }
+    }
+    // Before the blocks from here on run.
+    void reset() {
+        all_->reset(threads);
+        for (Block& one : blocks_) {
+            static_cast<SomeBarrier*>(one.barrier)->reset(block_threads_);
+            for (uint32_t warp = 0; warp < one.warp_barriers.size(); ++warp) {
+                static_cast<SomeBarrier*>(one.warp_barriers[warp])
+                    ->reset(std::min(WARP, block_threads_ - warp * WARP));
+            }
+        }
+    }
+    // The calling OS thread goes on as a CUDA thread, counted over the whole cluster.
+    void enter(uint32_t thread, uint32_t first_block, uint32_t blocks) {
+        const uint32_t rank = thread / block_threads_;
+        block = &blocks_[rank];
+        dynamic_shared = block->dynamic_shared.data();
+        requests = &requests_[rank][thread % block_threads_];
+        threadIdx = {thread % block_threads_, 0, 0};
+        blockIdx = {first_block + rank, 0, 0};
+        blockDim = {block_threads_, 1, 1};
+        gridDim = {blocks, 1, 1};
+    }
+    void leave(uint32_t thread) {
+        Block& one = blocks_[thread / block_threads_];
+        one.warp_barriers[thread % block_threads_ / WARP]->leave();
+        one.barrier->leave();
+        all_->leave();
+    }
+    void finish(std::vector<Interval>& read, std::vector<Interval>& written) {
+        for (std::vector<Requests>& of_block : requests_) {
+            finish_block(of_block, read, written);
+        }
+    }
+    const uint32_t threads;
+
+  private:
+    std::vector<Block> blocks_;
+    const uint32_t block_threads_;
+    std::unique_ptr<SomeBarrier> all_;
+    std::vector<std::unique_ptr<SomeBarrier>> barriers_;
+    std::vector<std::vector<Requests>> requests_;
+};
+
+// A kernel's launch: `cluster` neighbouring blocks run together and see each other's shared memory.
+struct Grid {
+    uint32_t blocks, threads, shared_bytes, cluster;
+};
+
 // Runs body() once per thread of every block, each thread an OS thread.
 template <typename Body>
-void run_concurrent(uint32_t blocks, uint32_t threads, const Body& body, std::vector<Interval>& read,
+void run_concurrent(const Grid& grid, const Body& body, std::vector<Interval>& read,
                     std::vector<Interval>& written) {
-    const uint32_t warps = (threads + WARP - 1) / WARP;
-    ThreadBarrier block_barrier, round;
-    std::vector<std::unique_ptr<ThreadBarrier>> warp_barriers;
-    Block shared;
-    shared.barrier = &block_barrier;
-    shared.exchange.resize(threads);
-    for (uint32_t warp = 0; warp < warps; ++warp) {
-        warp_barriers.push_back(std::make_unique<ThreadBarrier>());
-        shared.warp_barriers.push_back(warp_barriers.back().get());
-    }
-    const auto reset = [&] {
-        block_barrier.reset(threads);
-        for (uint32_t warp = 0; warp < warps; ++warp) {
-            warp_barriers[warp]->reset(std::min(WARP, threads - warp * WARP));
-        }
-    };
-    reset();
-    round.reset(threads);
-    std::vector<Requests> all_requests(threads);
+    Cluster<ThreadBarrier> cluster(grid.cluster, grid.threads, grid.shared_bytes);
+    ThreadBarrier round;
+    cluster.reset();
+    round.reset(cluster.threads);
     std::vector<std::thread> pool;
-    for (uint32_t thread = 0; thread < threads; ++thread) {
+    for (uint32_t thread = 0; thread < cluster.threads; ++thread) {
         pool.emplace_back([&, thread] {
-            block = &shared;
-            requests = &all_requests[thread];
-            threadIdx = {thread, 0, 0};
-            blockDim = {threads, 1, 1};
-            gridDim = {blocks, 1, 1};
-            for (uint32_t index = 0; index < blocks; ++index) {
-                blockIdx = {index, 0, 0};
+            for (uint32_t index = 0; index < grid.blocks; index += grid.cluster) {
+                cluster.enter(thread, index, grid.blocks);
                 barriers_passed = 0;
                 body();
-                shared.warp_barriers[thread / WARP]->leave();
-                block_barrier.leave();
+                cluster.leave(thread);
                 round.wait();
                 if (thread == 0) {
-                    finish_block(all_requests, read, written);
-                    reset();
+                    cluster.finish(read, written);
+                    cluster.reset();
                 }
                 round.wait();
             }
@@ -416,42 +481,17 @@ inline Coroutines coroutines;
 
 // Runs body() once per thread of every block, all on the calling OS thread. Returns false for a deadlock.
 template <typename Body>
-bool run_sequential(uint32_t blocks, uint32_t threads, const Body& body, std::vector<Interval>& read,
+bool run_sequential(const Grid& grid, const Body& body, std::vector<Interval>& read,
                     std::vector<Interval>& written) {
-    const uint32_t warps = (threads + WARP - 1) / WARP;
-    const auto give_way = [] { coroutines.give_way(); };
-    CoroutineBarrier block_barrier(give_way);
-    std::vector<std::unique_ptr<CoroutineBarrier>> warp_barriers;
-    Block shared;
-    shared.barrier = &block_barrier;
-    shared.exchange.resize(threads);
-    for (uint32_t warp = 0; warp < warps; ++warp) {
-        warp_barriers.push_back(std::make_unique<CoroutineBarrier>(give_way));
-        shared.warp_barriers.push_back(warp_barriers.back().get());
-    }
-    std::vector<Requests> all_requests(threads);
-    block = &shared;
-    blockDim = {threads, 1, 1};
-    gridDim = {blocks, 1, 1};
+    const std::function<void()> give_way = [] { coroutines.give_way(); };
+    Cluster<CoroutineBarrier> cluster(grid.cluster, grid.threads, grid.shared_bytes, give_way);
     bool finished = true;
-    for (uint32_t index = 0; index < blocks && finished; ++index) {
-        blockIdx = {index, 0, 0};
-        block_barrier.reset(threads);
-        for (uint32_t warp = 0; warp < warps; ++warp) {
-            warp_barriers[warp]->reset(std::min(WARP, threads - warp * WARP));
-        }
+    for (uint32_t index = 0; index < grid.blocks && finished; index += grid.cluster) {
+        cluster.reset();
         finished = coroutines.run(
-            threads,
-            [&](uint32_t thread) {
-                threadIdx = {thread, 0, 0};
-                requests = &all_requests[thread];
-            },
-            body,
-            [&](uint32_t thread) {
-                shared.warp_barriers[thread / WARP]->leave();
-                block_barrier.leave();
-            });
-        finish_block(all_requests, read, written);
+            cluster.threads, [&](uint32_t thread) { cluster.enter(thread, index, grid.blocks); }, body,
+            [&](uint32_t thread) { cluster.leave(thread); });
+        cluster.finish(read, written);
     }
     block = nullptr;
     requests = nullptr;
@@ -460,8 +500,7 @@ bool run_sequential(uint32_t blocks, uint32_t threads, const Body& body, std::ve
 
 // Runs a kernel, called `name` in the record of launches; returns null, or what a GPU would have stopped at.
 template <typename Body>
-const char* launch(const char* name, uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
-                   const Body& body) {
+const char* launch(const char* name, const Grid& grid, const Body& body) {
     static std::mutex one_at_a_time;
     static std::string fault;
     std::lock_guard lock(one_at_a_time);
@@ -471,13 +510,10 @@ const char* launch(const char* name, uint32_t blocks, uint32_t threads, uint32_t
     } before{traffic.block_bytes, traffic.requested_bytes};
     misaligned_bytes = 0;
     bool finished = true;
-    // NaN where nothing was written, so that a kernel that reads it shows.
-    std::vector<float> dynamic(shared_bytes / sizeof(float), std::nanf(""));
-    dynamic_shared = dynamic.data();
     if (mode == Mode::concurrent) {
-        run_concurrent(blocks, threads, body, read, written);
+        run_concurrent(grid, body, read, written);
     } else {
-        finished = run_sequential(blocks, threads, body, read, written);
+        finished = run_sequential(grid, body, read, written);
     }
     const uint64_t counted_bytes = join_intervals(read) + join_intervals(written);
     traffic.counted_bytes += counted_bytes;
@@ -487,13 +523,19 @@ const char* launch(const char* name, uint32_t blocks, uint32_t threads, uint32_t
     traffic.read = std::move(read);
     traffic.written = std::move(written);
     if (!finished) {
-        return "deadlock: not every thread of the block reaches the same barrier";
+        return "deadlock: not every thread reaches the same barrier";
     }
     if (misaligned_bytes != 0) {
         fault = "misaligned access of " + std::to_string(misaligned_bytes) + " bytes";
         return fault.c_str();
     }
     return nullptr;
+}
+
+template <typename Body>
+const char* launch(const char* name, uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+                   const Body& body) {
+    return launch(name, Grid{blocks, threads, shared_bytes, 1}, body);
 }
 
 // The value that `lane` of the calling thread's warp passes in the same call.
@@ -512,15 +554,30 @@ T exchange(T value, uint32_t lane) {
     return result;
 }
 
+// What every lane of the calling thread's warp passes in the same call.
+inline void gather(const Words& mine, Words (&all)[WARP]) {
+    Block& shared = *block;
+    Barrier& warp = *shared.warp_barriers[threadIdx.x / WARP];
+    shared.fragments[threadIdx.x] = mine;
+    warp.wait();
+    std::copy_n(shared.fragments.begin() + threadIdx.x / WARP * WARP, WARP, all);
+    warp.wait();
+}
+
+}  // namespace fused_ops::emulator
+
+namespace fused_ops::emulator {
+
+inline void pass(Barrier& barrier) {
+    if (mode != Mode::concurrent || barriers_passed++ != skipped_barrier) {
+        barrier.wait();
+    }
+}
+
 }  // namespace fused_ops::emulator
 
 inline void __syncthreads() {
-    using namespace fused_ops;
-    if (emulator::mode == emulator::Mode::concurrent &&
-        emulator::barriers_passed++ == emulator::skipped_barrier) {
-        return;
-    }
-    emulator::block->barrier->wait();
+    fused_ops::emulator::pass(*fused_ops::emulator::block->barrier);
 }
 
 inline void __syncwarp(uint32_t /*mask*/ = 0xffffffffu) {

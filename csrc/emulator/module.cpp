@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../depthwise/arguments.h"
+#include "../hr_chain/arguments.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -20,8 +21,8 @@ namespace {
 // A tensor as Python passes it: (address, element type, sizes, strides), or None.
 using Tensor = std::optional<std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>>;
 
-depthwise::TensorView view(const Tensor& tensor) {
-    depthwise::TensorView result;
+TensorView view(const Tensor& tensor) {
+    TensorView result;
     if (!tensor) {
         return result;
     }
@@ -93,6 +94,43 @@ void depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weigh
     launch(params, depthwise_backward_workspace, launch_depthwise_backward, "depthwise_backward");
 }
 
+void hr_chain_forward(const Tensor& x, const Tensor& high_weight, const Tensor& high_bias,
+                      const Tensor& low_weight, const Tensor& fc1_weight, const Tensor& fc1_bias,
+                      const Tensor& fc2_weight, const Tensor& fc2_bias, const Tensor& norm_weight,
+                      const Tensor& norm_bias, const Tensor& mean, const Tensor& var, const Tensor& drop_path,
+                      const Tensor& unbiased_var, const Tensor& out, const Tensor& low, bool batch_stats,
+                      double eps, int64_t activation, bool identity, int64_t stages) {
+    auto params = hr_chain::forward_params(
+        {view(x), view(high_weight), view(high_bias), view(low_weight), view(fc1_weight), view(fc1_bias),
+         view(fc2_weight), view(fc2_bias), view(norm_weight), view(norm_bias), view(mean), view(var),
+         view(drop_path)},
+        view(out), view(low), view(unbiased_var), {batch_stats, eps, activation, identity, stages});
+    launch(params, hr_chain_forward_workspace, launch_hr_chain_forward, "hr_chain_forward");
+}
+
+void hr_chain_backward(const Tensor& grad, const Tensor& low, const Tensor& x, const Tensor& high_weight,
+                       const Tensor& high_bias, const Tensor& low_weight, const Tensor& fc1_weight,
+                       const Tensor& fc1_bias, const Tensor& fc2_weight, const Tensor& fc2_bias,
+                       const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean,
+                       const Tensor& var, const Tensor& drop_path, const Tensor& x_grad,
+                       const Tensor& high_weight_grad, const Tensor& high_bias_grad,
+                       const Tensor& low_weight_grad, const Tensor& fc1_weight_grad,
+                       const Tensor& fc1_bias_grad, const Tensor& fc2_weight_grad,
+                       const Tensor& fc2_bias_grad, const Tensor& norm_weight_grad,
+                       const Tensor& norm_bias_grad, const Tensor& low_grad, const Tensor& sums,
+                       bool batch_stats, double eps, int64_t activation, bool identity, int64_t stages) {
+    auto params = hr_chain::backward_params(
+        view(grad), view(low),
+        {view(x), view(high_weight), view(high_bias), view(low_weight), view(fc1_weight), view(fc1_bias),
+         view(fc2_weight), view(fc2_bias), view(norm_weight), view(norm_bias), view(mean), view(var),
+         view(drop_path)},
+        {view(x_grad), view(high_weight_grad), view(high_bias_grad), view(low_weight_grad),
+         view(fc1_weight_grad), view(fc1_bias_grad), view(fc2_weight_grad), view(fc2_bias_grad),
+         view(norm_weight_grad), view(norm_bias_grad)},
+        view(low_grad), view(sums), {batch_stats, eps, activation, identity, stages});
+    launch(params, hr_chain_backward_workspace, launch_hr_chain_backward, "hr_chain_backward");
+}
+
 py::dict traffic() {
     const emulator::Traffic& now = emulator::traffic;
     py::dict result;
@@ -149,6 +187,8 @@ PYBIND11_MODULE(fused_ops_emulator, m)
         "raw addresses.";
     m.def("depthwise_forward", &depthwise_forward, "As the torch library's operator of this name.");
     m.def("depthwise_backward", &depthwise_backward, "As the torch library's operator of this name.");
+    m.def("hr_chain_forward", &hr_chain_forward, "As the torch library's operator of this name.");
+    m.def("hr_chain_backward", &hr_chain_backward, "As the torch library's operator of this name.");
     m.def("codes", &codes);
     m.def("traffic", &traffic, "Global memory traffic since the last reset_traffic().");
     m.def("launches", &launches,
@@ -164,4 +204,7 @@ PYBIND11_MODULE(fused_ops_emulator, m)
     m.def(
         "workspace_floats", [] { return workspace_floats; }, "Size of the last launch sequence's workspace.");
     m.def("set_multiprocessors", [](int count) { emulator::multiprocessors = count; });
+    m.def(
+        "set_clusters", [](bool supported) { emulator::clusters = supported; },
+        "Whether blocks run in clusters.");
 }

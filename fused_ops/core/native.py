@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 # What this package expects of the library; INTERFACE in csrc/build.py has the same number.
-INTERFACE = 3
+INTERFACE = 4
 
 REMEDY = "`python csrc/build.py library` in the checkout builds it"
 
@@ -34,6 +34,9 @@ ACTIVATIONS = {
     name: number
     for number, name in enumerate(("none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"))
 }
+
+# Parts of a launch sequence (csrc/depthwise/params.h); statistics of several processes are exchanged in between.
+STATISTICS_STAGE, RESULT_STAGE = 1, 2
 
 _emulator: ModuleType | None = None
 
@@ -150,6 +153,42 @@ def build_info() -> dict[str, Any]:
 def emulator() -> ModuleType | None:
     """What runs the CUDA kernels on CPU tensors; None unless a test has set one."""
     return _emulator
+
+
+def run_stages(
+    name: str,
+    tensors: Sequence[torch.Tensor | None],
+    options: Sequence[Any],
+    tile: Sequence[int] = (),
+    *,
+    exchange: Callable[[], None] | None = None,
+) -> None:
+    """Call a launch sequence of the library, or of the emulator where the first tensor is on the CPU.
+
+    Args:
+        name: of the library's operator.
+        tensors: its tensors, all on one device.
+        options, tile: what follows them, before and after the stages that run.
+        exchange: run between the two stages, for the statistics of a process group; None: one call does both.
+    """
+    if tensors[0].is_cuda:
+        operator = getattr(library(), name)
+    else:
+        operator = getattr(emulator(), name)
+        tensors = [_view(tensor) for tensor in tensors]
+    if exchange is None:
+        operator(*tensors, *options, STATISTICS_STAGE | RESULT_STAGE, *tile)
+        return
+    operator(*tensors, *options, STATISTICS_STAGE, *tile)
+    exchange()
+    operator(*tensors, *options, RESULT_STAGE, *tile)
+
+
+def _view(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """What the emulator takes for a tensor."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), SCALAR_TYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()
 
 
 def set_emulator(module: ModuleType | None) -> None:

@@ -14,7 +14,6 @@ from fused_ops.core import distributed, library, native, tuning
 # Numbers of csrc/depthwise/params.h.
 NORMS = {"none": 0, "pre": 1, "post": 2}
 RESIDUAL_MODES = {"none": 0, "before": 1, "after": 2}
-STATISTICS_STAGE, RESULT_STAGE = 1, 2
 
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
@@ -204,11 +203,6 @@ def _run(
         planes, _ = _on_planes(call)
         kernel = _tuned_name(name, bool(planes), call.kernel_size[0], call.stride[0], call.x.dtype)
         tile = tuning.tile_of(kernel, call.sizes(), lambda: AUTOMATIC, call.x)
-    if call.x.is_cuda:
-        operator = getattr(native.library(), name)
-    else:
-        operator = getattr(native.emulator(), name)
-        tensors = [_view(tensor) for tensor in tensors]
     options = (
         call.stride[0],
         *call.padding,
@@ -219,16 +213,4 @@ def _run(
         RESIDUAL_MODES[call.residual_mode],
         call.identity,
     )
-    if call.group and exchange is not None:
-        operator(*tensors, *options, STATISTICS_STAGE, *tile)
-        exchange()
-        operator(*tensors, *options, RESULT_STAGE, *tile)
-    else:
-        operator(*tensors, *options, STATISTICS_STAGE | RESULT_STAGE, *tile)
-
-
-def _view(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
-    """What the emulator takes for a tensor."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), native.SCALAR_TYPES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    native.run_stages(name, tensors, options, tile, exchange=exchange if call.group else None)

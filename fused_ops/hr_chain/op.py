@@ -21,7 +21,7 @@ from fused_ops.core.checks import (
     check_parameter,
     check_values_per_channel,
 )
-from fused_ops.hr_chain import reference, triton
+from fused_ops.hr_chain import cuda, reference, triton
 from fused_ops.hr_chain.cases import cases
 
 # Inputs of the torch operators that are tensors, in order; the first ten get gradients.
@@ -425,8 +425,11 @@ def least_bytes(call: HRChainCall, direction: str) -> int:
     return 4 * x + (3 + call.batch_stats) * low
 
 
+# Which kernels are faster has not been measured. Triton's come first: the others use instructions of tensor cores
+# and clusters that have run on no GPU yet, the emulator has its own words for them.
 BACKENDS = (
     Backend("triton", triton.can_run, triton.forward, triton.backward),
+    Backend("cuda", cuda.can_run, cuda.forward, cuda.backward),
     Backend("reference", reference_can_run),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
