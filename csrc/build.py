@@ -604,6 +604,7 @@ EMULATOR_TESTS = {
     "block_reduction": ("emulator/tests/block_reduction.cpp", (), False),
     "block_reduction_without_barrier": ("emulator/tests/block_reduction.cpp", ("WITHOUT_BARRIER",), False),
     "depthwise": ("emulator/tests/depthwise.cpp", (), True),
+    "hr_chain": ("emulator/tests/hr_chain.cpp", (), True),
 }
 
 

@@ -44,6 +44,7 @@ void __tsan_ignore_thread_end();
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 namespace fused_ops::emulator {
 

@@ -181,10 +181,10 @@ FUSED_OPS_DEVICE void convolve_high(const T* map, const float* filter, const flo
                     if (row >= p.height || column >= p.width) {
                         continue;
                     }
-                    const float identity = p.identity ? 1.0f : 0.0f;
                     store_channels(out + row * params.out.strides.h + column * params.out.strides.w + channel,
-                                   own[a][b][0] * identity + factor * sum[a][b][0],
-                                   own[a][b][1] * identity + factor * sum[a][b][1], p.channels - channel, wide);
+                                   factor * sum[a][b][0] + (p.identity ? own[a][b][0] : 0.0f),
+                                   factor * sum[a][b][1] + (p.identity ? own[a][b][1] : 0.0f),
+                                   p.channels - channel, wide);
                 }
             }
         }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         finish_copies();
         __syncthreads();
         FUSED_OPS_NO_UNROLL
-        for (int unit = unit_group * 16; unit < CHUNK; unit += UNIT_GROUPS * 16) {
+        for (int unit = unit_group * 16; unit < CHUNK && first + unit < p.hidden; unit += UNIT_GROUPS * 16) {
             float hidden[8];
             FUSED_OPS_UNROLL
             for (int entry = 0; entry < 8; ++entry) {
@@ -240,6 +240,13 @@ __global__ void __launch_bounds__(THREADS, 2)
                 load_b(b, fc1 + unit * L::PITCH + k, L::PITCH);
                 multiply<T>(left, a, b[0], b[1]);
                 multiply<T>(right, a, b[2], b[3]);
+            }
+            FUSED_OPS_UNROLL
+            for (int entry = 0; entry < 8; ++entry) {
+                // Infinity times the zeros that stand for a unit beyond the last would be NaN.
+                if (first + unit + entry / 4 * 8 + lane % 4 * 2 + entry % 2 >= p.hidden) {
+                    hidden[entry] = 0.0f;
+                }
             }
             activate_all(hidden, p.activation);
             uint32_t a[4];

@@ -25,36 +25,38 @@ constexpr int UNIT_PITCH = LOW_PIXELS + ROW_PADDING;
 // Copies on their way per pixel: the four that its value was repeated to, and its own.
 constexpr int STAGES = 5;
 
-// (image, row, column) of a pixel counted over all low-resolution maps.
+// Where a pixel of a tile lies; tiles are cut from the pixels of all low-resolution maps in a row.
 struct Pixel {
     int64_t image;
     int row, column;
     bool inside;
 };
 
-FUSED_OPS_DEVICE Pixel pixel_of(const HRChainProblem& p, int64_t index) {
+FUSED_OPS_DEVICE Pixel pixel_of(const HRChainProblem& p, uint32_t tile, int index) {
     const auto width = static_cast<uint32_t>(p.low_width);
     const auto size = static_cast<uint32_t>(p.low_height) * width;
-    const bool inside = index < p.batch * static_cast<int64_t>(size);
-    const uint32_t flat = inside ? static_cast<uint32_t>(index) : 0;
+    const int64_t wanted = int64_t{tile} * LOW_PIXELS + index;
+    const bool inside = wanted < p.batch * static_cast<int64_t>(size);
+    const uint32_t flat = inside ? static_cast<uint32_t>(wanted) : 0;
     return {flat / size, static_cast<int>(flat % size / width), static_cast<int>(flat % width), inside};
 }
 
 // Starts copying what the calling thread's pixels and octets of channels need.
 template <typename T, int C>
-FUSED_OPS_DEVICE void copy_pixels(T* staged, const LowBackwardArguments& arguments, int64_t first) {
+FUSED_OPS_DEVICE void copy_pixels(T* staged, const LowBackwardArguments& arguments, uint32_t tile) {
     const HRChainBackwardParams& params = arguments.params;
     const HRChainProblem& p = params.problem;
     constexpr int OCTETS = C / 8;
     const int threads = static_cast<int>(arguments.warps * 32);
     for (int item = threadIdx.x; item < LOW_PIXELS * OCTETS; item += threads) {
         const int channel = item % OCTETS * 8;
-        const Pixel pixel = pixel_of(p, first + item / OCTETS);
+        const Pixel pixel = pixel_of(p, tile, item / OCTETS);
         const T* const grad = static_cast<const T*>(params.grad.data) + pixel.image * params.grad.strides.n;
         const T* const low = static_cast<const T*>(params.low.data) + pixel.image * params.low.strides.n;
         const int count = pixel.inside ? static_cast<int>(p.channels) - channel : 0;
         T* const target = staged + item * 8 * STAGES;
-        FUSED_OPS_UNROLL
+        // Unrolled, the addresses would take registers that there are none of.
+        FUSED_OPS_NO_UNROLL
         for (int repeat = 0; repeat < 4; ++repeat) {
             const int64_t row = 2 * pixel.row + repeat / 2;
             const int64_t column = 2 * pixel.column + repeat % 2;
@@ -93,7 +95,7 @@ FUSED_OPS_DEVICE void load_norm(NormTable<C>& table, const HRChainProblem& p, in
 // the normalised branch, and the norm's output.
 template <typename T, int C>
 FUSED_OPS_DEVICE void convert_pixels(T* grad, T* normalised, T* normal, const T* staged, const NormTable<C>& table,
-                                     const LowBackwardArguments& arguments, int64_t first) {
+                                     const LowBackwardArguments& arguments, uint32_t tile) {
     const HRChainProblem& p = arguments.params.problem;
     constexpr int OCTETS = C / 8;
     constexpr int PITCH = C + ROW_PADDING;
@@ -105,7 +107,7 @@ FUSED_OPS_DEVICE void convert_pixels(T* grad, T* normalised, T* normal, const T*
         const float factor =
             p.drop_path.data == nullptr
                 ? 1.0f
-                : value_of(p.drop_path, pixel_of(p, first + item / OCTETS).image, p.batch, 1.0f);
+                : value_of(p.drop_path, pixel_of(p, tile, item / OCTETS).image, p.batch, 1.0f);
         FUSED_OPS_UNROLL
         for (int v = 0; v < 8; v += 2) {
             float sum[2] = {};
@@ -127,12 +129,6 @@ FUSED_OPS_DEVICE void convert_pixels(T* grad, T* normalised, T* normal, const T*
     }
 }
 
-// Turns the fully connected layer's results into activated values, and the gradients of those into its own.
-FUSED_OPS_DEVICE void activate_with_gradient(float (&values)[8], float (&grads)[8], Activation activation) {
-    multiply_activation_gradient(grads, values, activation);
-    activate_all(values, activation);
-}
-
 template <typename T>
 FUSED_OPS_DEVICE void pack_rows(uint32_t (&words)[4], const float (&values)[8]) {
     FUSED_OPS_UNROLL
@@ -142,7 +138,7 @@ FUSED_OPS_DEVICE void pack_rows(uint32_t (&words)[4], const float (&values)[8]) 
 }
 
 template <typename T, int C, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
     hr_chain_low_backward(const __grid_constant__ LowBackwardArguments arguments) {
     const HRChainBackwardParams& params = arguments.params;
     const HRChainProblem& p = params.problem;
@@ -152,12 +148,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int units = static_cast<int>(arguments.warps) * WARP_UNITS;
     FUSED_OPS_DYNAMIC_SHARED(memory);
     NormTable<C>& table = *reinterpret_cast<NormTable<C>*>(memory);
-    T* const fc1 = reinterpret_cast<T*>(memory + sizeof(NormTable<C>) / sizeof(float));
-    T* const hidden_grad = fc1 + units * PITCH;
-    T* const grad = hidden_grad + units * UNIT_PITCH;
+    T* const grad = reinterpret_cast<T*>(memory + sizeof(NormTable<C>) / sizeof(float));
     T* const normalised = grad + LOW_PIXELS * PITCH;
     T* const normal = normalised + LOW_PIXELS * PITCH;
     T* const staged = normal + LOW_PIXELS * PITCH;
+    T* const fc1 = staged + LOW_PIXELS * C * STAGES;
+    T* const hidden_grad = fc1 + units * PITCH;
+    float* const bias = reinterpret_cast<float*>(hidden_grad + units * UNIT_PITCH);
     float* const share = reinterpret_cast<float*>(grad);
 
     const uint32_t blocks = arguments.depth * arguments.repeats;
@@ -171,6 +168,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int hidden = static_cast<int>(p.hidden);
 
     load_norm(table, p, threads);
+    for (int row = threadIdx.x; row < units; row += threads) {
+        bias[row] = value_of(p.fc1_bias, first_unit + row, hidden, 0.0f);
+    }
     for (int item = threadIdx.x; item < units * C / 8; item += threads) {
         const int unit = item / (C / 8);
         const int channel = item % (C / 8) * 8;
@@ -182,12 +182,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     // fc2 transposed, rows of the calling warp's hidden units.
     uint32_t fc2[C / 16][4];
-    float bias[2];
     const int unit = warp * WARP_UNITS + lane / 4;
     FUSED_OPS_UNROLL
     for (int entry = 0; entry < 2; ++entry) {
         const int row = first_unit + unit + entry * 8;
-        bias[entry] = value_of(p.fc1_bias, row, hidden, 0.0f);
         FUSED_OPS_UNROLL
         for (int k = 0; k < C / 8; ++k) {
             float pair[2];
@@ -205,24 +203,25 @@ __global__ void __launch_bounds__(THREADS, 1)
     float fc1_grad[C / 8][4] = {};
     float fc2_grad[C / 8][4] = {};
     float bias_grad[2] = {};
-    const int64_t worker = int64_t{part} * arguments.repeats + repeat;
-    int64_t first = worker * arguments.rounds * LOW_PIXELS;
-    copy_pixels<T, C>(staged, arguments, first);
-    for (uint32_t round = 0; round < arguments.rounds; ++round) {
+    const uint32_t worker = part * arguments.repeats + repeat;
+    uint32_t tile = worker * arguments.rounds;
+    const uint32_t end = tile + arguments.rounds;
+    copy_pixels<T, C>(staged, arguments, tile);
+    for (; tile < end; ++tile) {
         finish_copies();
         // The last tile's share of the map gradient, in the operands' place, may still be read.
         synchronise_cluster();
-        convert_pixels<T, C>(grad, normalised, normal, staged, table, arguments, first);
+        convert_pixels<T, C>(grad, normalised, normal, staged, table, arguments, tile);
         __syncthreads();
-        if (round + 1 < arguments.rounds) {
-            copy_pixels<T, C>(staged, arguments, first + LOW_PIXELS);
+        if (tile + 1 < end) {
+            copy_pixels<T, C>(staged, arguments, tile + 1);
         }
         FUSED_OPS_NO_UNROLL
         for (int pixels = 0; pixels < LOW_PIXELS; pixels += 16) {
             float value[8], value_grad[8];
             FUSED_OPS_UNROLL
             for (int entry = 0; entry < 8; ++entry) {
-                value[entry] = bias[entry / 2 % 2];
+                value[entry] = bias[unit + entry / 2 % 2 * 8];
                 value_grad[entry] = 0.0f;
             }
             FUSED_OPS_UNROLL
@@ -236,14 +235,22 @@ __global__ void __launch_bounds__(THREADS, 1)
                 multiply<T>(*reinterpret_cast<float(*)[4]>(value_grad), fc2[k], b[0], b[1]);
                 multiply<T>(*reinterpret_cast<float(*)[4]>(value_grad + 4), fc2[k], b[2], b[3]);
             }
-            activate_with_gradient(value, value_grad, p.activation);
+            FUSED_OPS_UNROLL
+            for (int entry = 0; entry < 8; ++entry) {
+                // Infinity times the zeros that stand for a unit beyond the last would be NaN.
+                if (first_unit + unit + entry / 2 % 2 * 8 >= hidden) {
+                    value[entry] = 0.0f;
+                }
+            }
+            multiply_activation_gradient(value_grad, value, p.activation);
             FUSED_OPS_UNROLL
             for (int entry = 0; entry < 8; ++entry) {
                 bias_grad[entry / 2 % 2] += value_grad[entry];
             }
             uint32_t rows[4], grad_rows[4];
-            pack_rows<T>(rows, value);
             pack_rows<T>(grad_rows, value_grad);
+            activate_all(value, p.activation);
+            pack_rows<T>(rows, value);
             FUSED_OPS_UNROLL
             for (int word = 0; word < 4; ++word) {
                 store_pair(hidden_grad + (unit + word % 2 * 8) * UNIT_PITCH + pixels + word / 2 * 8 + lane % 4 * 2,
@@ -264,10 +271,12 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         if (params.low_grad.data != nullptr) {
             __syncthreads();
-            for (int tile = warp; tile < LOW_PIXELS / 16 * (C / 16); tile += static_cast<int>(arguments.warps)) {
-                const int pixels = tile % (LOW_PIXELS / 16) * 16;
-                const int channel = tile / (LOW_PIXELS / 16) * 16;
+            for (int square = warp; square < LOW_PIXELS / 16 * (C / 16);
+                 square += static_cast<int>(arguments.warps)) {
+                const int pixels = square % (LOW_PIXELS / 16) * 16;
+                const int channel = square / (LOW_PIXELS / 16) * 16;
                 float sum[2][4] = {};
+                FUSED_OPS_NO_UNROLL
                 for (int k = 0; k < units; k += 16) {
                     uint32_t a[4], b[4];
                     load_a_transposed(a, hidden_grad + k * UNIT_PITCH + pixels, UNIT_PITCH);
@@ -284,9 +293,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             synchronise_cluster();
             for (int item = static_cast<int>(slice) + threadIdx.x * static_cast<int>(arguments.depth);
                  item < LOW_PIXELS * C / 8; item += threads * static_cast<int>(arguments.depth)) {
-                const Pixel pixel = pixel_of(p, first + item / (C / 8));
+                const Pixel pixel = pixel_of(p, tile, item / (C / 8));
                 const int channel = item % (C / 8) * 8;
                 float sum[8] = {};
+                FUSED_OPS_NO_UNROLL
                 for (uint32_t other = 0; other < arguments.depth; ++other) {
                     const float* const from = of_block(share, repeat * arguments.depth + other) +
                                               item / (C / 8) * SHARE_PITCH + channel;
@@ -320,7 +330,6 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         }
-        first += LOW_PIXELS;
     }
     if (!arguments.weights) {
         // Another block may still read this one's share.

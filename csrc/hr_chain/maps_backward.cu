@@ -287,10 +287,14 @@ __global__ void __launch_bounds__(THREADS, 3)
         }
         const Vector<float, 1> total{{sum}};
         if (row < 10 && need_high) {
-            float* const target = arguments.parts_high + int64_t{part} * HIGH_ROWS * p.channels + of;
-            store_vector(target + row * p.channels, total);
-            if (row == 9) {
-                store_vector(target + 10 * p.channels, total);
+            const uint32_t rows = arguments.high_taps + HIGH_BIAS_ROWS;
+            float* const target = arguments.parts_high + int64_t{part} * rows * p.channels + of;
+            if (row < static_cast<int>(arguments.high_taps)) {
+                store_vector(target + row * p.channels, total);
+            } else if (row == 9) {
+                for (int copy = 0; copy < HIGH_BIAS_ROWS; ++copy) {
+                    store_vector(target + (arguments.high_taps + copy) * p.channels, total);
+                }
             }
         }
         if (row >= 10 && need_low) {

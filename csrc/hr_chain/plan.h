@@ -25,8 +25,8 @@ struct ForwardArguments {
     bool wide_maps, wide_fc1, wide_fc2;
 };
 
-// Of the full-resolution filter's parts: nine taps, the bias, and the bias again, which fc2's gets too.
-constexpr int HIGH_ROWS = 11;
+// The sums for the full-resolution filter's bias are also fc2's.
+constexpr int HIGH_BIAS_ROWS = 2;
 
 // One cluster of `depth` x `repeats` blocks per part: its blocks take `depth` slices of the hidden units, and
 // tiles of 32 low-resolution pixels in turn, `repeats` at once.
@@ -49,8 +49,9 @@ struct MapsBackwardArguments {
     bool wide_maps;
     float inverse_count;
     const float* sums;
-    float* parts_high;  // (parts, HIGH_ROWS, channels); null where nothing needs them
-    float* parts_low;   // (parts, 9, channels): taps; the same
+    uint32_t high_taps;  // 9, or 0 where the full-resolution filter needs no gradient
+    float* parts_high;   // (parts, high_taps + HIGH_BIAS_ROWS, channels); null where nothing needs them
+    float* parts_low;    // (parts, 9, channels): taps; the same
 };
 
 struct FinishArguments {
@@ -86,12 +87,12 @@ FUSED_OPS_HOST_DEVICE int most_warps(int padded) {
     return padded <= 64 ? 16 : 8;
 }
 
-// Bytes of shared memory of the low-resolution backward: the norm's vectors, fc1, the hidden gradients, three operands (or the map
+// Bytes of shared memory of the low-resolution backward: the norm's and fc1's vectors, fc1, the hidden gradients, three operands (or the map
 // gradient in their place), and pixels on their way: four of the gradient and one of the branch.
 FUSED_OPS_HOST_DEVICE uint32_t low_backward_bytes(int padded, uint32_t warps) {
     const uint32_t units = warps * WARP_UNITS;
     const uint32_t pitch = padded + ROW_PADDING;
-    const uint32_t working = 16 * padded + 2 * (units * pitch + units * (LOW_PIXELS + ROW_PADDING) +
+    const uint32_t working = 16 * padded + 4 * units + 2 * (units * pitch + units * (LOW_PIXELS + ROW_PADDING) +
                                                 3 * LOW_PIXELS * pitch + 5 * LOW_PIXELS * padded);
     // At the end one matrix of weight gradients takes the place of all this.
     const uint32_t gradients = 4 * units * padded;

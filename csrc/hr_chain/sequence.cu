@@ -182,7 +182,9 @@ struct BackwardSequence {
         // The second stage needs nothing of the first but the sums.
         next = start;
         maps.sums = sums;
-        maps.parts_high = of_high ? take(int64_t{maps.parts} * HIGH_ROWS * p.channels) : nullptr;
+        maps.high_taps = params.high_weight_grad.data != nullptr ? 9 : 0;
+        maps.parts_high =
+            of_high ? take(int64_t{maps.parts} * (maps.high_taps + HIGH_BIAS_ROWS) * p.channels) : nullptr;
         maps.parts_low = params.low_weight_grad.data != nullptr ? take(int64_t{maps.parts} * 9 * p.channels) : nullptr;
         floats = (end > next ? end : next) - p.workspace;
         return nullptr;
@@ -212,8 +214,9 @@ struct BackwardSequence {
         if (maps.parts_high != nullptr) {
             depthwise::MergeSumsArguments high = merge;
             high.parts = maps.parts_high;
+            high.weight_rows = maps.high_taps;
             high.weight = params.high_weight_grad;
-            high.bias_rows = 1;
+            high.bias_rows = HIGH_BIAS_ROWS - 1;
             high.bias = params.high_bias_grad;
             high.sum_rows = 1;
             high.norm_bias = params.fc2_bias_grad;

@@ -35,7 +35,7 @@ ACTIVATIONS = {
     for number, name in enumerate(("none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"))
 }
 
-# Parts of a launch sequence (csrc/depthwise/params.h); statistics of several processes are exchanged in between.
+# Parts of a launch sequence (csrc/depthwise/params.h); between them, processes exchange their statistics.
 STATISTICS_STAGE, RESULT_STAGE = 1, 2
 
 _emulator: ModuleType | None = None

@@ -12,9 +12,9 @@ from fused_ops.core import distributed, library, native
 LARGEST_CHANNELS = 128
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Hidden units whose weight gradients one thread block holds in registers, for up to 64 channels and for more, and
-# blocks in a cluster (csrc/hr_chain/plan.h). Above 96 channels a block also takes more shared memory than GPUs
-# of compute capability 12 give it.
+# Hidden units whose weight gradients one thread block holds in registers, for up to 64 channels and for more,
+# and blocks in a cluster (csrc/hr_chain/plan.h). Above 96 channels a block also takes more shared memory than
+# GPUs of compute capability 12 give it.
 _UNITS_PER_BLOCK = (256, 128)
 _LARGEST_CLUSTER = 8
 
@@ -34,8 +34,9 @@ def can_run(call: Any) -> tuple[bool, str]:
     if channels > 1 and x.shape[2] * x.shape[3] > 1 and not library.is_channels_last(x):
         return False, "x is in NCHW order; the CUDA kernels read and write channels_last"
     units = _UNITS_PER_BLOCK[channels > 64]
-    if call.needs_grad and hidden > units * _LARGEST_CLUSTER:
-        return False, f"the hidden width is {hidden}; the CUDA kernels are for up to {units * _LARGEST_CLUSTER}"
+    most = units * _LARGEST_CLUSTER
+    if call.needs_grad and hidden > most:
+        return False, f"the hidden width is {hidden}; the CUDA kernels are for up to {most} in training"
     if x.is_cuda:
         ok, reason = native.status(x.device.index)
         if not ok:

@@ -425,8 +425,8 @@ def least_bytes(call: HRChainCall, direction: str) -> int:
     return 4 * x + (3 + call.batch_stats) * low
 
 
-# Which kernels are faster has not been measured. Triton's come first: the others use instructions of tensor cores
-# and clusters that have run on no GPU yet, the emulator has its own words for them.
+# Which kernels are faster has not been measured. Triton's come first: the others use instructions of tensor
+# cores and clusters that have run on no GPU yet, the emulator has its own words for them.
 BACKENDS = (
     Backend("triton", triton.can_run, triton.forward, triton.backward),
     Backend("cuda", cuda.can_run, cuda.forward, cuda.backward),

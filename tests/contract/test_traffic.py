@@ -110,7 +110,7 @@ def scratch_of_cuda(call, gradients, emulator):
     emulator.set_plan_only(True)
     emulator.set_multiprocessors(132)
     try:
-        with mock.patch.object(depthwise_cuda, "_view", view):
+        with mock.patch.object(native, "_view", view):
             depthwise_cuda.forward(call, *allocate_forward(call))
             sizes["forward"] = emulator.workspace_floats()
             depthwise_cuda.backward(*gradients)
