@@ -334,13 +334,30 @@ def _with_shared(files: list[Path]) -> list[Path]:
     return sorted(found)
 
 
+def _with_headers(source: Path) -> set[Path]:
+    """A CUDA source and the headers beside it that it includes, directly or through one another."""
+    found = {source}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        for name in re.findall(r'^ *# *include "(.+)"', path.read_text(), re.MULTILINE):
+            header = (path.parent / name).resolve()
+            # The emulator is for other compilers.
+            if header not in found and header.parent.name != "emulator":
+                found.add(header)
+                waiting.append(header)
+    return found
+
+
 def source_digests() -> dict[str, str]:
     """``"<family> <backend>"`` -> digest of the files from which that family's kernels are compiled."""
-    found: dict[str, list[Path]] = {}
+    of_cuda: dict[str, set[Path]] = {}
     for unit in native.build_tools().UNITS:
-        folder = native.SOURCES / Path(unit.source).parts[0]
-        files = [path for place in (folder, native.SOURCES / "common") for path in place.iterdir()]
-        found[f"{folder.name} cuda"] = [path for path in files if path.suffix in (".cu", ".h")]
+        source = native.SOURCES / unit.source
+        # Others than these hold launch sequences, and no kernel.
+        if "__global__" in source.read_text():
+            of_cuda.setdefault(f"{source.parent.name} cuda", set()).update(_with_headers(source))
+    found = {family: sorted(files) for family, files in of_cuda.items()}
     for name, operator in library.operators().items():
         folder = Path(sys.modules[operator.function.__module__].__file__).parent
         if files := list(folder.glob("triton*.py")):

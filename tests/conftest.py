@@ -29,9 +29,10 @@ from fused_ops.core import native  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from support.interpreter import round_to_bfloat16
+        from support.interpreter import round_to_bfloat16, save_time
 
         round_to_bfloat16()
+        save_time()
     # TensorFloat-32 would hide errors of a thousand float32 roundings in the results compared with.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

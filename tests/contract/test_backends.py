@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fused_ops
+from fused_ops import cli, env
 from fused_ops.core import backends, dispatch
 from fused_ops.core.backends import Backend, BackendUnavailableError
 
@@ -110,7 +111,6 @@ def test_environment_variable():
         import torch, fused_ops
         fused_ops.depthwise_conv(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3))
     """
-    assert python(code, FUSED_OPS_BACKEND="reference").returncode == 0
     forced = python(code, FUSED_OPS_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
     assert forced.returncode == 1
     assert (
@@ -135,24 +135,24 @@ def test_import_without_triton():
     assert result.returncode == 0, result.stderr
 
 
-def test_import_needs_no_extra():
-    """The core imports nothing of the extras."""
-    result = python("""
+def test_import_needs_no_extra_and_no_gpu():
+    """The core imports nothing of the extras and starts nothing on a GPU; the variable's backend runs."""
+    code = """
         import sys
         for name in ("timm", "torchvision", "numpy", "rich", "safetensors", "sklearn", "matplotlib", "PIL"):
             sys.modules[name] = None
-        import fused_ops
+        import torch, fused_ops
         assert not {"fused_ops.models", "fused_ops.train", "fused_ops.bench"} & set(sys.modules)
-    """)
+        assert not torch.cuda.is_initialized()
+        with fused_ops.core.backends.record() as choices:
+            fused_ops.depthwise_conv(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3))
+        assert (choices[0].requested, choices[0].backend) == ("reference", "reference")
+    """
+    result = python(code, FUSED_OPS_BACKEND="reference")
     assert result.returncode == 0, result.stderr
 
 
-def test_import_does_not_touch_the_gpu():
-    result = python("import fused_ops, torch; assert not torch.cuda.is_initialized()")
-    assert result.returncode == 0, result.stderr
-
-
-def test_env_command():
+def test_env_command(capsys):
     """I7: versions, and for each backend whether it runs and why."""
     result = subprocess.run(
         [sys.executable, "-m", "fused_ops.env", "--json"], capture_output=True, text=True, timeout=300
@@ -162,21 +162,17 @@ def test_env_command():
     assert set(report["backends"]) == {"reference", "triton", "cuda"}
     for state in report["backends"].values():
         assert state["reason"]
-    table = subprocess.run(
-        [sys.executable, "-m", "fused_ops.env"], capture_output=True, text=True, timeout=300
+    assert env.main([]) == 0
+    assert "FUSED_OPS_BACKEND" in capsys.readouterr().out
+
+
+def test_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fused-ops"])
+    assert cli.main() == 0
+    assert "explain" in capsys.readouterr().out
+    unknown = subprocess.run(
+        [sys.executable, "-m", "fused_ops", "trian"], capture_output=True, text=True, timeout=300
     )
-    assert table.returncode == 0
-    assert "FUSED_OPS_BACKEND" in table.stdout
-
-
-def test_command_line():
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "fused_ops", *arguments], capture_output=True, text=True, timeout=300
-        )
-
-    assert "explain" in command().stdout
-    unknown = command("trian")
     assert unknown.returncode == 2
     assert "unknown command 'trian'" in unknown.stderr
 

@@ -37,6 +37,12 @@ VARIANTS = [(dtype, "channels_last") for dtype in LOW_PRECISION] + [(torch.float
 CUDA_VARIANTS = [*VARIANTS, (torch.float32, "nchw"), (torch.bfloat16, "nchw")]
 
 
+def in_turn(operator, case):
+    """The half precision that other cases of the operator stand for: Triton's interpreter is slow."""
+    tiny = [other.name for other in operator.cases() if "tiny" in other.tags]
+    return (torch.bfloat16, torch.float16)[tiny.index(case.name) % 2] if len(tiny) > 1 else None
+
+
 def forced(operator, backend, arguments, *, gradients=True):
     """Results on ``backend`` with the widest set of gradients that it has, or its reason for declining."""
     try:
@@ -52,6 +58,7 @@ def forced(operator, backend, arguments, *, gradients=True):
         pytest.param(
             *(*case.values, backend, dtype, layout),
             id=f"{backend}-{case.id}-{str(dtype).removeprefix('torch.')}-{layout}",
+            marks=pytest.mark.extended if backend == "triton" and in_turn(*case.values) is dtype else (),
         )
         for case in operator_cases("tiny")
         for backend in kernel_backends(case.values[0])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from support.selection import only
 from timm.models import group_parameters
 
 from fused_ops.core.drop_path import DropPath
@@ -49,7 +50,7 @@ def systems_info(name):
     return next(system.models[name] for system in systems() if name in system.models)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", only(RUN, NAMES))
 def test_counts(name):
     model = create_model(name, device="meta")
     info = systems_info(name)

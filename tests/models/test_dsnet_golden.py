@@ -3,14 +3,13 @@
 import pytest
 import torch
 from support import golden
+from support.selection import only
 
 from fused_ops.models import create_model, load_checkpoint, official_state_dict
 
-NAMES = [
-    "dsnet_tiny_star",
-    pytest.param("dsnet_small_star", marks=pytest.mark.slow),
-    pytest.param("dsnet_base_star", marks=pytest.mark.extended),
-]
+NAMES = ["dsnet_tiny_star", "dsnet_small_star", "dsnet_base_star"]
+# The larger ones are the same code.
+RUN = only(NAMES[:1], NAMES)
 
 
 def filled(name, record):
@@ -20,7 +19,7 @@ def filled(name, record):
     return model
 
 
-@pytest.mark.parametrize("name", ["dsnet_tiny_star", "dsnet_small_star", "dsnet_base_star"])
+@pytest.mark.parametrize("name", NAMES)
 def test_layout(name):
     official = official_state_dict(create_model(name, device="meta"))
     concrete = {
@@ -30,7 +29,7 @@ def test_layout(name):
     golden.check_layout(concrete, golden.load(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_eval(name):
     record = golden.load(name)
     model = filled(name, record)
@@ -42,7 +41,7 @@ def test_eval(name):
     golden.check_eval(model, record, run).check(golden.EVAL_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_train(name):
     record = golden.load(name)
     model = filled(name, record)

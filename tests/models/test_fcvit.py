@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import staged_backbones
+from support.selection import only
 
 from fused_ops.models import create_model
 from fused_ops.models.fcvit import FCViT, GlobalContext
@@ -20,7 +21,8 @@ def small(**kwargs):
     return create_model("fcvit_test", **kwargs)
 
 
-@pytest.mark.parametrize("name", COUNTED)
+# The others have more blocks of the same kind; test_fcvit_golden.py checks the layout of each.
+@pytest.mark.parametrize("name", only(["fcvit_tiny"], COUNTED))
 def test_counts(name):
     params, macs, published = COUNTED[name]
     staged_backbones.check_table(name, params, macs)

@@ -39,7 +39,8 @@ def test_train(name):
     golden.check_train(model, record, lambda x: [model(x)]).check(golden.TRAIN_TOLERANCE)
 
 
-@pytest.mark.slow
+# The norms of the maps are code that all backbones of stages share, tested with ViP and HLG.
+@pytest.mark.extended
 def test_dense():
     record, model = staged_backbones.filled("fcvit_b12_dense", features_only=True, output_norm=True)
     golden.check_eval(

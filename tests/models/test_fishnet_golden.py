@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import backbones, golden
+from support.selection import only
 
 from fused_ops.models.fishnet import FishBottleneck
 
@@ -12,8 +13,8 @@ BLOCKS = {
     "fish_bottleneck_widen": (64, 128, {}),
 }
 NAMES = ["fishnet_99", "fishnet_150", "fishnet_201"]
-# The largest is the same code.
-RUN = [*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.extended)]
+# The larger ones are the same code.
+RUN = only(NAMES[:1], NAMES)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -2,10 +2,11 @@
 
 import pytest
 from support import golden, staged_backbones
+from support.selection import only
 
 NAMES = ["pvt_tiny", "pvt_small", "pvt_medium", "pvt_large"]
 # The larger ones are the same code.
-RUN = [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.extended) for name in NAMES[2:])]
+RUN = only(NAMES[:1], NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,7 +30,7 @@ def test_classifier(name):
     golden.check_train(model, record, lambda x: [model(x)]).check(golden.TRAIN_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["pvt_tiny_dense", "pvt_small_dense"])
+@pytest.mark.parametrize("name", only(["pvt_tiny_dense"], ["pvt_tiny_dense", "pvt_small_dense"]))
 def test_dense(name):
     record, model = staged_backbones.filled(name, features_only=True)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import backbones, staged_backbones
+from support.selection import only
 
 from fused_ops.blocks import gates
 from fused_ops.models import CheckpointError, create_model, load_checkpoint, official_state_dict
@@ -55,7 +56,7 @@ def builder(name):
     return build
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", only([*BUILT, "sem_resnet_164_cifar"], COUNTED))
 def test_counts(name):
     backbones.check_counts(name, *COUNTED[name])
 
@@ -65,6 +66,7 @@ def test_configuration(name):
     backbones.check_configuration(name)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["cat_resnet_101", "sem_resnet_101"])
 def test_counts_of_deeper_models(name):
     """Known for 50 layers; the other 17 blocks of stage 3 are alike."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import backbones, golden
+from support.selection import only
 
 GCNET_16, GCNET_4 = "gcnet_resnet_50_r16", "gcnet_resnet_50_r4"
 NAMES = [
@@ -12,9 +13,9 @@ NAMES = [
     "eca_resnet_50",
     "sem_resnet_164_cifar",
 ]
-# The slow ones differ from the others in depth, or in one ratio.
-RUN = [pytest.param(name, marks=pytest.mark.slow) if name == "eca_resnet_50" else name for name in NAMES]
-RUN_GCNET = [GCNET_16, pytest.param(GCNET_4, marks=pytest.mark.slow)]
+# Every gate and both kinds of block; the others differ in depth, or in one ratio.
+RUN = only(["cbam_resnet_18", "cbam_resnet_50", "eca_resnet_18", "sem_resnet_164_cifar"], NAMES)
+RUN_GCNET = only([GCNET_16], [GCNET_16, GCNET_4])
 
 
 def outputs(model, case, features, stages):

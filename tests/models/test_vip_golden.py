@@ -2,10 +2,11 @@
 
 import pytest
 from support import golden, staged_backbones
+from support.selection import only
 
 NAMES = ["vip_mobile", "vip_tiny", "vip_small", "vip_medium", "vip_base"]
 # The larger ones are the same code.
-RUN = [*NAMES[:3], *(pytest.param(name, marks=pytest.mark.extended) for name in NAMES[3:])]
+RUN = only(NAMES[:2], NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

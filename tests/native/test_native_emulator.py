@@ -25,7 +25,7 @@ def run(program, *arguments):
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["block_reduction", "depthwise"])
+@pytest.mark.parametrize("program", ["block_reduction", "depthwise", "hr_chain"])
 def test_clean(tools, sanitizer, program):
     result = run(tools.build_emulator_tests(sanitizer)[program])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -42,18 +42,32 @@ def test_a_missing_barrier_is_reported(tools):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("barrier", "kernels"),
+    ("program", "barrier", "kernels"),
     [
-        (0, ("depthwise_backward", "planes_backward", "planes_forward")),
-        pytest.param(1, ("planes_backward", "planes_forward"), marks=pytest.mark.extended),
-        (2, ("planes_backward",)),
-        pytest.param(3, ("depthwise_backward",), marks=pytest.mark.extended),
-        (6, ("depthwise_backward",)),
+        ("depthwise", 0, ("depthwise_backward", "planes_backward", "planes_forward")),
+        pytest.param("depthwise", 1, ("planes_backward", "planes_forward"), marks=pytest.mark.extended),
+        ("depthwise", 2, ("planes_backward",)),
+        pytest.param("depthwise", 3, ("depthwise_backward",), marks=pytest.mark.extended),
+        ("depthwise", 6, ("depthwise_backward",)),
+        *(
+            pytest.param("hr_chain", barrier, kernels, marks=marks)
+            for barrier, kernels, marks in [
+                (0, ("hr_chain_forward", "hr_chain_low_backward", "hr_chain_maps_backward"), ()),
+                (1, ("hr_chain_forward", "hr_chain_low_backward"), pytest.mark.extended),
+                (2, ("hr_chain_forward", "hr_chain_low_backward"), pytest.mark.extended),
+                (3, ("hr_chain_forward", "hr_chain_low_backward"), pytest.mark.extended),
+                (4, ("hr_chain_forward", "hr_chain_low_backward"), pytest.mark.extended),
+                (9, ("hr_chain_forward", "hr_chain_low_backward"), pytest.mark.extended),
+            ]
+        ),
     ],
 )
-def test_a_barrier_that_a_kernel_needs_is_missed(tools, barrier, kernels):
-    """On planes every barrier; of the channels_last backward the first, a middle and the last."""
-    result = run(tools.build_emulator_tests("thread")["depthwise"], str(barrier))
+def test_a_barrier_that_a_kernel_needs_is_missed(tools, program, barrier, kernels):
+    """Depthwise: on planes every barrier, of the channels_last backward the first, a middle and the last.
+
+    HR chain: those of a chunk of hidden units or a tile, the exchange in a cluster among them, and of the end.
+    """
+    result = run(tools.build_emulator_tests("thread")[program], str(barrier))
     assert result.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in result.stderr
     for kernel in kernels:

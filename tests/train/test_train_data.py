@@ -155,7 +155,7 @@ def test_synthetic_needs_no_images(tmp_path, capsys):
 def test_digits_are_learnt(tmp_path, capsys):
     """The command of `make train`, cut short."""
     run = tmp_path / "run"
-    assert main(["--data=digits", "--epochs=8", f"--output={run}", "--json"]) == 0
+    assert main(["--data=digits", "--epochs=6", f"--output={run}", "--json"]) == 0
     captured = capsys.readouterr()
     row = json.loads(captured.out)[0]
     assert row["last_top1"] >= 97

@@ -82,7 +82,7 @@ def test_two_processes_equal_one(model, image_folder, tmp_path):
     Only its running statistics are those of rank 0's passes, so accuracies are compared without BatchNorm.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    changes = {"model": model, "epochs": 4, "batch_size": 16, "device_batch": 4, "lr": 0.01}
+    changes = {"model": model, "epochs": 2, "batch_size": 16, "device_batch": 4, "lr": 0.01}
     assert main(arguments(image_folder, one, **changes)) == 0
     done = torchrun([*arguments(image_folder, two, **changes), "--json"])
     assert done.returncode == 0, done.stderr

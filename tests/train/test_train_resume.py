@@ -68,17 +68,28 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: i
     monkeypatch.setattr(Engine, method, wrapped)
 
 
+# The call of a method of the engine, the signal, and the exit code.
+STOPS = {
+    "mid-epoch": ("update", UPDATES_PER_EPOCH + 2, signal.SIGTERM, 143),
+    "after the last update of an epoch": ("update", UPDATES_PER_EPOCH, signal.SIGINT, 130),
+    "evaluation": ("evaluate", 2, signal.SIGTERM, 143),
+    "last evaluation": ("evaluate", 5, signal.SIGTERM, 143),
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "call", "number", "code"),
+    ("method", "call", "number", "code", "workers"),
     [
-        ("update", UPDATES_PER_EPOCH + 2, signal.SIGTERM, 143),
-        ("update", UPDATES_PER_EPOCH, signal.SIGINT, 130),
-        ("evaluate", 2, signal.SIGTERM, 143),
-        ("evaluate", 5, signal.SIGTERM, 143),
+        # Workers begin in the middle of an epoch in the first alone.
+        pytest.param(
+            *(*stop, workers),
+            id=f"{workers}-{name}",
+            marks=pytest.mark.extended if workers and name != "mid-epoch" else (),
+        )
+        for name, stop in STOPS.items()
+        for workers in (0, 2)
     ],
-    ids=["mid-epoch", "after the last update of an epoch", "evaluation", "last evaluation"],
 )
-@pytest.mark.parametrize("workers", [0, 2])
 def test_stop_and_resume(
     reference, image_folder, tmp_path, monkeypatch, capsys, method, call, number, code, workers
 ):
