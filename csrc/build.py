@@ -624,13 +624,16 @@ def _emulated(plan: Plan, unit: Unit, flags: Sequence[str], prefix: str = "") ->
 
 
 def _emulated_kernels(sanitizer: str | None) -> list[Path]:
-    """Every kernel unit for CPU threads; with a sanitizer, in one element type only."""
+    """Every kernel unit for CPU threads; with a sanitizer in one element type, with "thread" for 3x3 only."""
     plan = Plan(BUILD / "emulator" / f"kernels-{sanitizer or 'plain'}")
     flags = ["-fvisibility=hidden", *SANITIZERS[sanitizer]]
     units = UNITS
     if sanitizer is not None:
         flags.append("-DFUSED_OPS_FLOAT16_ONLY")
         others = {f"FUSED_OPS_SCALAR={code}" for code, name in enumerate(_TYPES) if name != "float16"}
+        if sanitizer == "thread":
+            flags.append("-DFUSED_OPS_3X3_ONLY")
+            others |= {"FUSED_OPS_KERNEL=5", "FUSED_OPS_KERNEL=7"}
         units = tuple(unit for unit in UNITS if others.isdisjoint(unit.definitions))
     objects = [_emulated(plan, unit, flags) for unit in units]
     execute(plan)

@@ -411,9 +411,13 @@ const char* run(const ForwardPlan& plan, bool statistics, void* stream) {
     const DepthwiseProblem& p = plan.arguments.params.problem;
     return with_type(p.type, [&](auto scalar) {
         using T = decltype(scalar);
+#if defined(FUSED_OPS_3X3_ONLY)
+        const auto launch = launch_forward<T, 3>;
+#else
         const auto launch = p.kernel == 3   ? launch_forward<T, 3>
                             : p.kernel == 5 ? launch_forward<T, 5>
                                             : launch_forward<T, 7>;
+#endif
         return launch(plan.arguments, plan.vector, plan.columns, plan.blocks, statistics, stream);
     });
 }
@@ -422,9 +426,13 @@ const char* run(const BackwardPlan& plan, void* stream) {
     const DepthwiseProblem& p = plan.arguments.params.problem;
     return with_type(p.type, [&](auto scalar) {
         using T = decltype(scalar);
+#if defined(FUSED_OPS_3X3_ONLY)
+        const auto launch = launch_backward<T, 3>;
+#else
         const auto launch = p.kernel == 3   ? launch_backward<T, 3>
                             : p.kernel == 5 ? launch_backward<T, 5>
                                             : launch_backward<T, 7>;
+#endif
         return launch(plan.arguments, plan.vector, plan.columns, plan.blocks, stream);
     });
 }

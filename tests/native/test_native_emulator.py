@@ -65,7 +65,7 @@ def test_a_missing_barrier_is_reported(tools):
 def test_a_barrier_that_a_kernel_needs_is_missed(tools, program, barrier, kernels):
     """Depthwise: on planes every barrier, of the channels_last backward the first, a middle and the last.
 
-    HR chain: those of a chunk of hidden units or a tile, the exchange in a cluster among them, and of the end.
+    HR chain: of a chunk of hidden units or a tile, the exchange in a cluster among them, and of the end.
     """
     result = run(tools.build_emulator_tests("thread")[program], str(barrier))
     assert result.returncode != 0
