@@ -179,7 +179,7 @@ void hr_chain_backward(const Tensor& grad, const Tensor& low, const Tensor& x, c
     "int residual_mode, bool identity, int stages, int tile_vector, int "       \
     "tile_columns, int tile_rows"
 
-#define FUSED_OPS_HR_CHAIN_INPUTS                                                            \
+#define FUSED_OPS_HR_CHAIN_INPUTS                                                             \
     "Tensor x, Tensor high_weight, Tensor? high_bias, Tensor low_weight, Tensor fc1_weight, " \
     "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "            \
     "Tensor? norm_bias, "

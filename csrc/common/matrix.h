@@ -1,4 +1,5 @@
-// Products on tensor cores of 16-bit types, and what feeds them: fragments of a warp, copies to shared memory.
+// Products on tensor cores of 16-bit types, and what feeds them: fragments of a warp, copies to shared
+// memory.
 //
 // A fragment is a tile spread over the 32 lanes of a warp. With g = lane / 4 and t = lane % 4, of a product
 // (16 x 16) (16 x 8):
@@ -95,8 +96,8 @@ FUSED_OPS_DEVICE void multiply(float (&result)[4], const uint32_t (&a)[4], uint3
 #endif
 }
 
-// Four 8 x 8 matrices from shared memory, row r of matrix m at the address that lane 8 m + r passes, aligned to
-// 16 bytes. Word m holds elements 2t and 2t + 1 of row g; with TRANSPOSED of column g.
+// Four 8 x 8 matrices from shared memory, row r of matrix m at the address that lane 8 m + r passes, aligned
+// to 16 bytes. Word m holds elements 2t and 2t + 1 of row g; with TRANSPOSED of column g.
 template <bool TRANSPOSED, typename T>
 FUSED_OPS_DEVICE void load_matrices(uint32_t (&words)[4], const T* row) {
 #if defined(FUSED_OPS_EMULATOR)
@@ -150,8 +151,8 @@ FUSED_OPS_DEVICE void load_a_transposed(uint32_t (&words)[4], const T* tile, int
     load_matrices<true>(words, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
 }
 
-// A 16 x 16 tile of B, as two of 16 x 8 side by side (words 0 and 1, 2 and 3), whose columns are rows of `pitch`
-// elements in shared memory.
+// A 16 x 16 tile of B, as two of 16 x 8 side by side (words 0 and 1, 2 and 3), whose columns are rows of
+// `pitch` elements in shared memory.
 template <typename T>
 FUSED_OPS_DEVICE void load_b(uint32_t (&words)[4], const T* tile, int pitch) {
     const int lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// Tensors as callers have them, and the checks of sizes and layouts that every operator makes. The same for the
-// torch library and the emulator's Python module; no torch type.
+// Tensors as callers have them, and the checks of sizes and layouts that every operator makes. The same for
+// the torch library and the emulator's Python module; no torch type.
 #pragma once
 
 #include <cstdint>

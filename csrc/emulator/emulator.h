@@ -319,7 +319,9 @@ class Cluster {
   public:
     template <typename... Options>
     Cluster(uint32_t count, uint32_t block_threads, uint32_t shared_bytes, const Options&... options)
-        : threads(count * block_threads), blocks_(count), block_threads_(block_threads),
+        : threads(count * block_threads),
+          blocks_(count),
+          block_threads_(block_threads),
           all_(std::make_unique<SomeBarrier>(options...)) {
         for (uint32_t rank = 0; rank < count; ++rank) {
             Block& one = blocks_[rank];

@@ -1,5 +1,5 @@
-// From tensors as callers have them to the parameters of the HR chain's launch sequences, with the checks of sizes
-// and layouts. The same for the torch library and the emulator's Python module; no torch type.
+// From tensors as callers have them to the parameters of the HR chain's launch sequences, with the checks of
+// sizes and layouts. The same for the torch library and the emulator's Python module; no torch type.
 #pragma once
 
 #include <cstdint>
@@ -97,8 +97,9 @@ inline Map low_map(const TensorView& view, const HRChainProblem& p, const char* 
     return channels_last_map(channels_second, p, p.low_height, p.low_width, name);
 }
 
-inline HRChainForwardParams forward_params(const InputTensors& t, const TensorView& out, const TensorView& low,
-                                           const TensorView& unbiased_var, const Options& options) {
+inline HRChainForwardParams forward_params(const InputTensors& t, const TensorView& out,
+                                           const TensorView& low, const TensorView& unbiased_var,
+                                           const Options& options) {
     HRChainForwardParams params{};
     params.problem = problem_of(t, options);
     const HRChainProblem& p = params.problem;
@@ -108,9 +109,10 @@ inline HRChainForwardParams forward_params(const InputTensors& t, const TensorVi
     return params;
 }
 
-inline HRChainBackwardParams backward_params(const TensorView& grad, const TensorView& low, const InputTensors& t,
-                                             const GradientTensors& g, const TensorView& low_grad,
-                                             const TensorView& sums, const Options& options) {
+inline HRChainBackwardParams backward_params(const TensorView& grad, const TensorView& low,
+                                             const InputTensors& t, const GradientTensors& g,
+                                             const TensorView& low_grad, const TensorView& sums,
+                                             const Options& options) {
     using depthwise::values_of;
     using depthwise::weight_of;
     HRChainBackwardParams params{};

@@ -2,9 +2,10 @@
 //
 //     tile of a block     ROWS x 8 low-resolution pixels (64, or 32 above 64 channels), all channels
 //     block of threads    8 warps: ROWS / 2 groups of 16 pixels times groups of 16 hidden units
-//     shared memory       (2 ROWS + 2) x 18 full-resolution pixels, from which both convolutions are computed;
-//                         the normalised branch; chunks of 64 hidden units of both matrices, streamed from L2;
-//                         in their place then the branch's result
+//     shared memory       (2 ROWS + 2) x 18 full-resolution pixels, from which both convolutions are
+//     computed;
+//                         the normalised branch; chunks of 64 hidden units of both matrices, streamed from
+//                         L2; in their place then the branch's result
 //     registers           16 pixels times all channels of the branch's result per warp
 //
 // Hidden units are never in memory: a product's results are, activated and rounded, the rows of the next one.
@@ -32,7 +33,8 @@ struct Layout {
     static constexpr int MAP = (2 * ROWS + 2) * HALO_COLUMNS * C;
     static constexpr int NORMAL = PIXELS * PITCH;
     static constexpr int MATRICES = CHUNK * PITCH + C * CHUNK_PITCH;
-    static constexpr int LAST = MATRICES * 2 > PIXELS * VALUE_PITCH * 4 ? MATRICES * 2 : PIXELS * VALUE_PITCH * 4;
+    static constexpr int LAST =
+        MATRICES * 2 > PIXELS * VALUE_PITCH * 4 ? MATRICES * 2 : PIXELS * VALUE_PITCH * 4;
     static constexpr uint32_t BYTES = FLOATS * 4 + (MAP + NORMAL) * 2 + LAST;
 };
 
@@ -74,8 +76,8 @@ FUSED_OPS_DEVICE void convolve_low(T* normal, const T* map, const float* filter,
         const bool inside = tile.row + i < p.low_height && tile.column + j < p.low_width;
         if (params.low.data != nullptr && inside) {
             T* const target = static_cast<T*>(params.low.data) + tile.image * params.low.strides.n +
-                              (tile.row + i) * params.low.strides.h + (tile.column + j) * params.low.strides.w +
-                              channel;
+                              (tile.row + i) * params.low.strides.h +
+                              (tile.column + j) * params.low.strides.w + channel;
             store_channels(target, first_of<T>(low), second_of<T>(low), p.channels - channel, wide);
         }
         const uint32_t value = pack_pair<T>((first_of<T>(low) - mean[0]) * scale[0] + shift[0],
@@ -86,7 +88,8 @@ FUSED_OPS_DEVICE void convolve_low(T* normal, const T* map, const float* filter,
 
 // Copies hidden units [first, first + CHUNK) of both matrices to shared memory, zeros beyond the last.
 template <typename T, int C>
-FUSED_OPS_DEVICE void copy_matrices(T* fc1, T* fc2, float* bias, const ForwardArguments& arguments, int first) {
+FUSED_OPS_DEVICE void copy_matrices(T* fc1, T* fc2, float* bias, const ForwardArguments& arguments,
+                                    int first) {
     const HRChainProblem& p = arguments.params.problem;
     const int channels = static_cast<int>(p.channels);
     const int hidden = static_cast<int>(p.hidden);
@@ -231,8 +234,8 @@ __global__ void __launch_bounds__(THREADS, 2)
             for (int entry = 0; entry < 8; ++entry) {
                 hidden[entry] = bias[unit + entry / 4 * 8 + lane % 4 * 2 + entry % 2];
             }
-            float(&left)[4] = *reinterpret_cast<float(*)[4]>(hidden);
-            float(&right)[4] = *reinterpret_cast<float(*)[4]>(hidden + 4);
+            float (&left)[4] = *reinterpret_cast<float (*)[4]>(hidden);
+            float (&right)[4] = *reinterpret_cast<float (*)[4]>(hidden + 4);
             FUSED_OPS_UNROLL
             for (int k = 0; k < C; k += 16) {
                 uint32_t a[4], b[4];
@@ -292,8 +295,8 @@ const char* launch(ForwardArguments arguments, void* stream) {
     arguments.tiles.down = static_cast<uint32_t>((p.low_height + L::ROWS - 1) / L::ROWS);
     arguments.tiles.across = static_cast<uint32_t>((p.low_width + TILE_COLUMNS - 1) / TILE_COLUMNS);
     arguments.tiles.count = arguments.tiles.down * arguments.tiles.across * static_cast<uint32_t>(p.batch);
-    return launch_kernel("hr_chain_forward", hr_chain_forward<T, C, PIXEL_GROUPS>, arguments.tiles.count, THREADS,
-                         L::BYTES, stream, arguments);
+    return launch_kernel("hr_chain_forward", hr_chain_forward<T, C, PIXEL_GROUPS>, arguments.tiles.count,
+                         THREADS, L::BYTES, stream, arguments);
 }
 
 }  // namespace

@@ -1,16 +1,19 @@
-// Backward pass of the low-resolution branch: the gradient of the norm's output, and the gradients of both fully
-// connected layers, in one pass over the gradient and the strided convolution's output.
+// Backward pass of the low-resolution branch: the gradient of the norm's output, and the gradients of both
+// fully connected layers, in one pass over the gradient and the strided convolution's output.
 //
 //     tile of a block      32 low-resolution pixels, all channels, a slice of the hidden units
 //     block of threads     one warp per 16 hidden units, up to 256 units (128 above 64 channels)
-//     registers            both weight gradients of a warp's hidden units, all channels, over the whole launch; fc2
-//     shared memory        fc1; the gradient summed over repeated pixels and the normalised branch, as operands;
+//     registers            both weight gradients of a warp's hidden units, all channels, over the whole
+//     launch; fc2 shared memory        fc1; the gradient summed over repeated pixels and the normalised
+//     branch, as operands;
 //                          the hidden gradients; the next tile's pixels on their way
-//     cluster              blocks with the other slices, whose shares of the map gradient are added up through
+//     cluster              blocks with the other slices, whose shares of the map gradient are added up
+//     through
 //                          shared memory; and several such groups, each with tiles of its own, whose weight
 //                          gradients are added up at the end, so that a cluster writes one part
 //
-// Products have hidden units as rows, so that the hidden gradients come out as the rows of the weights' products.
+// Products have hidden units as rows, so that the hidden gradients come out as the rows of the weights'
+// products.
 #include "../common/cluster.h"
 #include "../depthwise/unit.h"
 #include "tile.h"
@@ -62,15 +65,16 @@ FUSED_OPS_DEVICE void copy_pixels(T* staged, const LowBackwardArguments& argumen
             const int64_t column = 2 * pixel.column + repeat % 2;
             const int here = row < p.height && column < p.width ? count : 0;
             copy_channels(target + repeat * 8,
-                          here > 0 ? grad + row * params.grad.strides.h + column * params.grad.strides.w + channel
-                                   : grad,
+                          here > 0
+                              ? grad + row * params.grad.strides.h + column * params.grad.strides.w + channel
+                              : grad,
                           here, arguments.wide_maps);
         }
-        copy_channels(target + 32,
-                      count > 0 ? low + pixel.row * params.low.strides.h + pixel.column * params.low.strides.w +
-                                      channel
-                                : low,
-                      count, arguments.wide_maps);
+        copy_channels(
+            target + 32,
+            count > 0 ? low + pixel.row * params.low.strides.h + pixel.column * params.low.strides.w + channel
+                      : low,
+            count, arguments.wide_maps);
     }
 }
 
@@ -91,11 +95,12 @@ FUSED_OPS_DEVICE void load_norm(NormTable<C>& table, const HRChainProblem& p, in
     }
 }
 
-// Turns the calling thread's copies into operands, each (LOW_PIXELS, C): the gradient summed over repeated pixels,
-// the normalised branch, and the norm's output.
+// Turns the calling thread's copies into operands, each (LOW_PIXELS, C): the gradient summed over repeated
+// pixels, the normalised branch, and the norm's output.
 template <typename T, int C>
-FUSED_OPS_DEVICE void convert_pixels(T* grad, T* normalised, T* normal, const T* staged, const NormTable<C>& table,
-                                     const LowBackwardArguments& arguments, uint32_t tile) {
+FUSED_OPS_DEVICE void convert_pixels(T* grad, T* normalised, T* normal, const T* staged,
+                                     const NormTable<C>& table, const LowBackwardArguments& arguments,
+                                     uint32_t tile) {
     const HRChainProblem& p = arguments.params.problem;
     constexpr int OCTETS = C / 8;
     constexpr int PITCH = C + ROW_PADDING;
@@ -229,11 +234,11 @@ __global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
                 uint32_t a[4], b[4];
                 load_a(a, fc1 + warp * WARP_UNITS * PITCH + k * 16, PITCH);
                 load_b(b, normal + pixels * PITCH + k * 16, PITCH);
-                multiply<T>(*reinterpret_cast<float(*)[4]>(value), a, b[0], b[1]);
-                multiply<T>(*reinterpret_cast<float(*)[4]>(value + 4), a, b[2], b[3]);
+                multiply<T>(*reinterpret_cast<float (*)[4]>(value), a, b[0], b[1]);
+                multiply<T>(*reinterpret_cast<float (*)[4]>(value + 4), a, b[2], b[3]);
                 load_b(b, grad + pixels * PITCH + k * 16, PITCH);
-                multiply<T>(*reinterpret_cast<float(*)[4]>(value_grad), fc2[k], b[0], b[1]);
-                multiply<T>(*reinterpret_cast<float(*)[4]>(value_grad + 4), fc2[k], b[2], b[3]);
+                multiply<T>(*reinterpret_cast<float (*)[4]>(value_grad), fc2[k], b[0], b[1]);
+                multiply<T>(*reinterpret_cast<float (*)[4]>(value_grad + 4), fc2[k], b[2], b[3]);
             }
             FUSED_OPS_UNROLL
             for (int entry = 0; entry < 8; ++entry) {
@@ -253,8 +258,9 @@ __global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
             pack_rows<T>(rows, value);
             FUSED_OPS_UNROLL
             for (int word = 0; word < 4; ++word) {
-                store_pair(hidden_grad + (unit + word % 2 * 8) * UNIT_PITCH + pixels + word / 2 * 8 + lane % 4 * 2,
-                           grad_rows[word]);
+                store_pair(
+                    hidden_grad + (unit + word % 2 * 8) * UNIT_PITCH + pixels + word / 2 * 8 + lane % 4 * 2,
+                    grad_rows[word]);
             }
             if (arguments.weights) {
                 FUSED_OPS_UNROLL
@@ -309,7 +315,8 @@ __global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
                     continue;
                 }
                 T* const target = static_cast<T*>(params.low_grad.data) +
-                                  pixel.image * params.low_grad.strides.n + pixel.row * params.low_grad.strides.h +
+                                  pixel.image * params.low_grad.strides.n +
+                                  pixel.row * params.low_grad.strides.h +
                                   pixel.column * params.low_grad.strides.w + channel;
                 Vector<T, 8> result;
                 FUSED_OPS_UNROLL
@@ -337,7 +344,8 @@ __global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
         return;
     }
 
-    // One part per cluster: blocks with the same slice add up theirs, in the order of their rank, each a share.
+    // One part per cluster: blocks with the same slice add up theirs, in the order of their rank, each a
+    // share.
     const auto merge = [&](float* target, int columns, int stride) {
         synchronise_cluster();
         for (int item = static_cast<int>(repeat) * threads + threadIdx.x; item < units * columns;
@@ -354,7 +362,7 @@ __global__ void __maxnreg__(THREADS == 512 ? 128 : 240)
         }
         synchronise_cluster();
     };
-    const auto put = [&](const float(&sums)[C / 8][4]) {
+    const auto put = [&](const float (&sums)[C / 8][4]) {
         FUSED_OPS_UNROLL
         for (int n = 0; n < C / 8; ++n) {
             FUSED_OPS_UNROLL
@@ -384,8 +392,9 @@ template <typename T, int C>
 const char* launch(const LowBackwardArguments& arguments, void* stream) {
     constexpr int THREADS = C <= 64 ? 512 : 256;
     const uint32_t cluster = arguments.depth * arguments.repeats;
-    return launch_clusters("hr_chain_low_backward", hr_chain_low_backward<T, C, THREADS>, arguments.parts * cluster,
-                           cluster, arguments.warps * 32, low_backward_bytes(C, arguments.warps), stream, arguments);
+    return launch_clusters("hr_chain_low_backward", hr_chain_low_backward<T, C, THREADS>,
+                           arguments.parts * cluster, cluster, arguments.warps * 32,
+                           low_backward_bytes(C, arguments.warps), stream, arguments);
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // Gradients of the map and of both filters, in one pass over the full-resolution maps.
 //
 //     tile of a block     8 x 8 low-resolution pixels, 32 channels (16 of maps with no more)
-//     block of threads    pairs of channels times columns of low-resolution pixels (times halves of the tile, with
+//     block of threads    pairs of channels times columns of low-resolution pixels (times halves of the tile,
+//     with
 //                         16 channels); a thread walks down its column, four full-resolution pixels a step
-//     shared memory       18 x 18 pixels each of the gradient and of x; 9 x 9 of the strided convolution's gradient
-//     registers           both filters, and both their gradients over all tiles of the block
+//     shared memory       18 x 18 pixels each of the gradient and of x; 9 x 9 of the strided convolution's
+//     gradient registers           both filters, and both their gradients over all tiles of the block
 #include "../depthwise/unit.h"
 #include "tile.h"
 
@@ -35,7 +36,8 @@ struct Layout {
     static constexpr uint32_t BYTES = FLOATS * 4 + (TILE_BYTES > SUM_BYTES ? TILE_BYTES : SUM_BYTES);
 };
 
-// The strided convolution's gradient on the tile and one pixel further on: through the norm; zero outside the map.
+// The strided convolution's gradient on the tile and one pixel further on: through the norm; zero outside the
+// map.
 template <typename T, int C>
 FUSED_OPS_DEVICE void load_low_gradient(float* shared, const float* norm, const HRChainBackwardParams& params,
                                         const Tile& tile, int first_channel, bool wide) {
@@ -43,7 +45,8 @@ FUSED_OPS_DEVICE void load_low_gradient(float* shared, const float* norm, const 
     constexpr int OCTETS = C / 8;
     const T* const grad =
         static_cast<const T*>(params.low_grad.data) + tile.image * params.low_grad.strides.n + first_channel;
-    const T* const low = static_cast<const T*>(params.low.data) + tile.image * params.low.strides.n + first_channel;
+    const T* const low =
+        static_cast<const T*>(params.low.data) + tile.image * params.low.strides.n + first_channel;
     for (int item = threadIdx.x; item < LOW_HALO * LOW_HALO * OCTETS; item += THREADS) {
         const int channel = item % OCTETS * 8;
         const int row = tile.row + item / OCTETS / LOW_HALO;
@@ -54,7 +57,8 @@ FUSED_OPS_DEVICE void load_low_gradient(float* shared, const float* norm, const 
         Vector<T, 8> grads = zero_vector<T, 8>();
         Vector<T, 8> lows = zero_vector<T, 8>();
         if (left > 0) {
-            const T* const grad_at = grad + row * params.low_grad.strides.h + column * params.low_grad.strides.w;
+            const T* const grad_at =
+                grad + row * params.low_grad.strides.h + column * params.low_grad.strides.w;
             const T* const low_at = low + row * params.low.strides.h + column * params.low.strides.w;
             if (wide) {
                 grads = load_vector<T, 8>(grad_at + channel);
@@ -92,7 +96,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     FUSED_OPS_DYNAMIC_SHARED(memory);
     float* const high_filter = memory;
     float* const low_filter = high_filter + 9 * C;
-    // Mean, one over deviation, scale of the gradient, mean gradient, mean of gradient times normalised value.
+    // Mean, one over deviation, scale of the gradient, mean gradient, mean of gradient times normalised
+    // value.
     float* const norm = low_filter + 9 * C;
     float* const low_grad = norm + 5 * C;
     T* const grad = reinterpret_cast<T*>(low_grad + L::LOW_GRAD);
@@ -201,8 +206,8 @@ __global__ void __launch_bounds__(THREADS, 3)
                     for (int b = 0; b < 2; ++b) {
                         FUSED_OPS_UNROLL
                         for (int v = 0; v < 2; ++v) {
-                            // An even row or column is read by the middle tap of its own low-resolution pixel, an
-                            // odd one by the last tap of that and the first of the next.
+                            // An even row or column is read by the middle tap of its own low-resolution
+                            // pixel, an odd one by the last tap of that and the first of the next.
                             float& sum = result[a][b][v];
                             sum = sum * factor + (p.identity ? own[a][b][v] : 0.0f);
                             sum += low[0][0][v] * low_taps[(1 + a) * 3 + 1 + b][v];
@@ -249,7 +254,8 @@ __global__ void __launch_bounds__(THREADS, 3)
                         for (int a = 0; a < 2; ++a) {
                             const int tap = r - a;
                             if (tap >= 0 && tap < 3) {
-                                sums[tap * 3 + s][v] += own[a][0][v] * row[s][v] + own[a][1][v] * row[s + 1][v];
+                                sums[tap * 3 + s][v] +=
+                                    own[a][0][v] * row[s][v] + own[a][1][v] * row[s + 1][v];
                             }
                         }
                         if (r < 3) {
@@ -306,7 +312,8 @@ __global__ void __launch_bounds__(THREADS, 3)
 template <typename T, int C>
 const char* launch(const MapsBackwardArguments& arguments, void* stream) {
     return launch_kernel("hr_chain_maps_backward", hr_chain_maps_backward<T, C>,
-                         arguments.parts * arguments.channel_blocks, THREADS, Layout<C>::BYTES, stream, arguments);
+                         arguments.parts * arguments.channel_blocks, THREADS, Layout<C>::BYTES, stream,
+                         arguments);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Arguments of the HR chain's launch sequences: plain structs, 64-bit strides counted in elements, no torch type.
+// Arguments of the HR chain's launch sequences: plain structs, 64-bit strides counted in elements, no torch
+// type.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ struct LayerWeight {
     ScalarType type;
 };
 
-// What both directions have in common: the definition of fused_ops/hr_chain/reference.py, for channels_last maps.
+// What both directions have in common: the definition of fused_ops/hr_chain/reference.py, for channels_last
+// maps.
 struct HRChainProblem {
     int64_t batch, height, width, channels, hidden;
     int64_t low_height, low_width;

@@ -10,9 +10,9 @@ namespace {
 
 using namespace hr_chain;
 
-#define FUSED_OPS_TRY(CALL)              \
-    if (const char* error = (CALL)) {    \
-        return error;                    \
+#define FUSED_OPS_TRY(CALL)           \
+    if (const char* error = (CALL)) { \
+        return error;                 \
     }
 
 constexpr int64_t LARGEST_COUNT = 0x7fffffff;
@@ -46,9 +46,8 @@ bool is_aligned(const void* address) {
 
 // Whether every pixel of a map has whole, aligned vectors of eight channels; so has a map that is not there.
 bool is_wide(const HRChainProblem& p, const Map& map) {
-    return map.data == nullptr ||
-           (is_aligned(map.data) && p.channels % 8 == 0 && map.strides.n % 8 == 0 && map.strides.h % 8 == 0 &&
-            map.strides.w % 8 == 0);
+    return map.data == nullptr || (is_aligned(map.data) && p.channels % 8 == 0 && map.strides.n % 8 == 0 &&
+                                   map.strides.h % 8 == 0 && map.strides.w % 8 == 0);
 }
 
 bool is_wide(const LayerWeight& weight, int64_t columns) {
@@ -107,10 +106,10 @@ struct BackwardSequence {
         FUSED_OPS_TRY(check(p));
         const bool to_low = params.x_grad.data != nullptr || params.low_weight_grad.data != nullptr;
         const bool of_norm = params.norm_weight_grad.data != nullptr || params.norm_bias_grad.data != nullptr;
-        const bool of_layers = params.fc1_weight_grad.data != nullptr || params.fc1_bias_grad.data != nullptr ||
-                               params.fc2_weight_grad.data != nullptr;
-        const bool of_high = params.high_weight_grad.data != nullptr || params.high_bias_grad.data != nullptr ||
-                             params.fc2_bias_grad.data != nullptr;
+        const bool of_layers = params.fc1_weight_grad.data != nullptr ||
+                               params.fc1_bias_grad.data != nullptr || params.fc2_weight_grad.data != nullptr;
+        const bool of_high = params.high_weight_grad.data != nullptr ||
+                             params.high_bias_grad.data != nullptr || params.fc2_bias_grad.data != nullptr;
         if (to_low && params.low_grad.data == nullptr) {
             return "memory for the gradient of the norm's output is missing";
         }
@@ -134,8 +133,8 @@ struct BackwardSequence {
         const uint32_t by_memory = static_cast<uint32_t>(shared_memory_of_multiprocessor()) /
                                    (low_backward_bytes(padded, low.warps) + 1024);
         const uint32_t resident = by_threads < by_memory ? by_threads : by_memory;
-        // Each part costs as much traffic as hidden / 4 tiles take twenty times over; more parts than one block per
-        // multiprocessor writes are not worth more.
+        // Each part costs as much traffic as hidden / 4 tiles take twenty times over; more parts than one
+        // block per multiprocessor writes are not worth more.
         const uint32_t least = multiprocessors / blocks;
         const uint32_t most = multiprocessors * resident / blocks;
         const auto cheap = static_cast<uint32_t>(4 * static_cast<uint64_t>(low.tiles) / p.hidden);
@@ -155,7 +154,8 @@ struct BackwardSequence {
         maps.tiles.count = maps.tiles.down * maps.tiles.across * static_cast<uint32_t>(p.batch);
         maps.channel_blocks = ceil_divide(p.channels, p.channels <= 16 ? 16 : 32);
         // A part takes 20 floats of each channel, written and read: a hundredth of what 16 tiles move.
-        maps.rounds = ceil_divide(int64_t{maps.tiles.count} * maps.channel_blocks, 4 * int64_t{multiprocessors});
+        maps.rounds =
+            ceil_divide(int64_t{maps.tiles.count} * maps.channel_blocks, 4 * int64_t{multiprocessors});
         maps.rounds = maps.rounds > 4 ? maps.rounds : 4;
         maps.parts = ceil_divide(maps.tiles.count, maps.rounds);
         maps.wide_maps = is_wide(p, params.grad) && is_wide(p, p.x) && is_wide(p, params.x_grad) &&
@@ -185,7 +185,8 @@ struct BackwardSequence {
         maps.high_taps = params.high_weight_grad.data != nullptr ? 9 : 0;
         maps.parts_high =
             of_high ? take(int64_t{maps.parts} * (maps.high_taps + HIGH_BIAS_ROWS) * p.channels) : nullptr;
-        maps.parts_low = params.low_weight_grad.data != nullptr ? take(int64_t{maps.parts} * 9 * p.channels) : nullptr;
+        maps.parts_low =
+            params.low_weight_grad.data != nullptr ? take(int64_t{maps.parts} * 9 * p.channels) : nullptr;
         floats = (end > next ? end : next) - p.workspace;
         return nullptr;
     }
@@ -193,9 +194,8 @@ struct BackwardSequence {
     const char* launch(const HRChainBackwardParams& params, void* stream) const {
         const HRChainProblem& p = params.problem;
         if (has_low && (p.stages & STATISTICS_STAGE) != 0) {
-            FUSED_OPS_TRY(with_type(p.type, [&](auto scalar) {
-                return launch_low_backward<decltype(scalar)>(low, stream);
-            }));
+            FUSED_OPS_TRY(with_type(
+                p.type, [&](auto scalar) { return launch_low_backward<decltype(scalar)>(low, stream); }));
             if (low.weights) {
                 FUSED_OPS_TRY(launch_finish(finish, stream));
             }
@@ -203,9 +203,8 @@ struct BackwardSequence {
         if (!has_maps || (p.stages & RESULT_STAGE) == 0) {
             return nullptr;
         }
-        FUSED_OPS_TRY(with_type(p.type, [&](auto scalar) {
-            return launch_maps_backward<decltype(scalar)>(maps, stream);
-        }));
+        FUSED_OPS_TRY(with_type(
+            p.type, [&](auto scalar) { return launch_maps_backward<decltype(scalar)>(maps, stream); }));
         depthwise::MergeSumsArguments merge{};
         merge.count = maps.parts;
         merge.channels = p.channels;

@@ -1,5 +1,5 @@
-// What the HR chain's kernels over full-resolution maps share: tiles with their halo in shared memory, in pairs of
-// channels per thread.
+// What the HR chain's kernels over full-resolution maps share: tiles with their halo in shared memory, in
+// pairs of channels per thread.
 #pragma once
 
 #include "../common/activation.h"
@@ -48,17 +48,19 @@ FUSED_OPS_DEVICE void load_filter(float* shared, const DepthwiseWeight& weight, 
     for (int item = threadIdx.x; item < 9 * CHANNELS; item += THREADS) {
         const int64_t channel = first_channel + item % CHANNELS;
         const int tap = item / CHANNELS;
-        shared[item] = channel < channels ? load_element(weight.data, weight.type,
-                                                         channel * weight.c_stride + tap / 3 * weight.h_stride +
-                                                             tap % 3 * weight.w_stride)
-                                          : 0.0f;
+        shared[item] = channel < channels
+                           ? load_element(weight.data, weight.type,
+                                          channel * weight.c_stride + tap / 3 * weight.h_stride +
+                                              tap % 3 * weight.w_stride)
+                           : 0.0f;
     }
 }
 
 // A value of a channel, or `otherwise` where the model has none or there is no such channel.
 FUSED_OPS_DEVICE float value_of(const ChannelValues& values, int64_t index, int64_t count, float otherwise) {
-    return values.data != nullptr && index < count ? load_element(values.data, values.type, index * values.stride)
-                                                   : otherwise;
+    return values.data != nullptr && index < count
+               ? load_element(values.data, values.type, index * values.stride)
+               : otherwise;
 }
 
 // One over the square root of a channel's variance.
@@ -89,7 +91,8 @@ FUSED_OPS_DEVICE void read_row(float (&values)[4][2], const T* first) {
 
 // Stores two channels of a pixel, as far as there are.
 template <typename T>
-FUSED_OPS_DEVICE void store_channels(T* address, float first, float second, int64_t channels_left, bool pair) {
+FUSED_OPS_DEVICE void store_channels(T* address, float first, float second, int64_t channels_left,
+                                     bool pair) {
     const Vector<T, 2> both{{from_float<T>(first), from_float<T>(second)}};
     if (pair) {
         if (channels_left > 0) {

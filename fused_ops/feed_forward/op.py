@@ -27,7 +27,7 @@ from fused_ops.core.checks import (
     check_values_per_channel,
 )
 from fused_ops.core.layer_norm import LayerNormState
-from fused_ops.feed_forward import reference, triton, triton_conv
+from fused_ops.feed_forward import reference, triton, triton_conv, triton_products
 from fused_ops.feed_forward.cases import cases, conv_cases
 
 # Inputs of the torch operators that are tensors, in order; the first ten get gradients from the backward
@@ -638,25 +638,37 @@ def _wide_bytes(call: FeedForwardCall, direction: str, x: int, out: int) -> int:
     Forward: the norm, fc1, the activation, fc2, the sum with the residual. Backward: each layer's two
     gradients, the activation and its derivative, the norm's sums and its gradient, both biases'.
 
+    In half precision the norm by the batch's statistics, the activation, the sum, drop path, fc1's bias and
+    the activation's derivative are part of the products.
+
     A convolution takes the activation's place. Backward it and the norm are computed once more, and its own
     pass gives the gradients of its input, its weights and fc1's bias.
     """
     packed = call.compute.itemsize * call.x.numel()
     hidden = packed * call.fc1_weight.shape[0] // max(call.x.shape[-1], 1)
-    layer = packed + hidden + call.compute.itemsize * call.fc1_weight.numel()
+    matrix = call.compute.itemsize * call.fc1_weight.numel()
+    layer = packed + hidden + matrix
+    kernels = triton_products.can_run(call)
+    with_conv = call.conv_weight is not None
     norm = x + packed if call.has_normalised else 0
     residual = out if call.identity or call.residual is not None else 0
     if direction == "forward":
-        return call.batch_stats * x + norm + 2 * layer + 2 * hidden + packed + residual + out
-    scaled = out + packed if call.drop_path is not None or out != packed else 0
+        operand = norm + packed
+        if kernels and call.norm == "batch":
+            operand = x + (packed if call.keep_value and not with_conv else 0)
+        of_hidden = (2 + call.keep_value) * hidden if kernels and not with_conv else 4 * hidden
+        result = residual + out + (0 if kernels else 2 * packed)
+        return call.batch_stats * x + operand + of_hidden + 2 * matrix + result
+    whole = kernels and not with_conv
+    copied = out != packed or (call.drop_path is not None and not whole)
     sums = x + packed if call.norm != "none" else 0
     biases = (call.fc2_bias is not None) * packed
     last = packed + 2 * x + (out if call.identity else 0)
-    if call.conv_weight is None:
-        middle = (4 + (call.fc1_bias is not None)) * hidden
-    else:
+    if with_conv:
         middle = norm + (5 + 2 * (call.conv_activation != "none")) * hidden
-    return scaled + 4 * layer + middle + sums + biases + last
+    else:
+        middle = (2 if whole else 4 + (call.fc1_bias is not None)) * hidden
+    return copied * (out + packed) + 4 * layer + middle + sums + biases + last
 
 
 BACKENDS = (

@@ -1,4 +1,8 @@
-"""The feed-forward chain with its hidden map in memory: PyTorch's products, Triton kernels in between.
+"""The feed-forward chain with its hidden map in memory: products, and Triton kernels in between.
+
+In half precision norm, activation, residual and their backward are part of the products
+(:mod:`fused_ops.feed_forward.triton_products`), where their tiles were not measured slower; other products are
+PyTorch's.
 
 For wide tokens, of which a tile with all channels leaves no registers for hidden units beside it, and for
 chains with a convolution. The kernels do each other step in one pass over the hidden map or over the tokens:
@@ -17,7 +21,7 @@ from torch import Tensor
 from fused_ops.core import distributed
 from fused_ops.core.statistics import finish_gradients
 from fused_ops.core.triton_support import ceil_div, jit, tl
-from fused_ops.feed_forward import triton_conv, triton_norm
+from fused_ops.feed_forward import triton_conv, triton_norm, triton_products
 from fused_ops.feed_forward.triton_rows import (
     activated,
     activated_gradient,
@@ -194,19 +198,39 @@ def forward(
     call = launches.call
     rows, _, channels, _ = launches.sizes
     fc1_weight, fc1_bias, fc2_weight = launches.matrices()
-    if not normalised.numel():
-        normalised = _tokens_like(launches)
+    with_conv = call.conv_weight is not None
+    hidden_like = {"dtype": call.compute, "device": call.x.device}
     if not call.keep_value:
-        value = call.x.new_empty((rows, launches.hidden), dtype=call.compute)
-    _product(_normalised(launches, statistics, normalised), fc1_weight, fc1_bias, value)
-    if call.conv_weight is not None:
+        value = None
+    tile = triton_products.tile_for("fc1", call)
+    if tile != triton_products.PYTORCH:
+        kept = normalised if normalised.numel() else None
+        source = call.x
+        if call.norm != "batch":
+            source = _normalised(launches, statistics, _tokens_like(launches) if kept is None else kept)
+            kept = None
+        if with_conv and value is None:
+            value = torch.empty((rows, launches.hidden), **hidden_like)
+        hidden = None if with_conv else torch.empty((rows, launches.hidden), **hidden_like)
+        triton_products.fc1(launches, tile, fc1_weight, source, statistics, kept, value, hidden)
+    else:
+        if not normalised.numel():
+            normalised = _tokens_like(launches)
+        kept = value is not None
+        value = torch.empty((rows, launches.hidden), **hidden_like) if value is None else value
+        _product(_normalised(launches, statistics, normalised), fc1_weight, fc1_bias, value)
+        if not with_conv:
+            # Without a gradient to come, in place.
+            hidden = torch.empty_like(value) if kept else value
+            grid, meta = _flat(value.numel())
+            activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
+    if with_conv:
         hidden = torch.empty_like(value)
         triton_conv.convolve(call, value, hidden)
-    else:
-        # Without a gradient to come, in place.
-        hidden = torch.empty_like(value) if call.keep_value else value
-        grid, meta = _flat(value.numel())
-        activation_kernel[grid](value, hidden, value.numel(), ACTIVATION=call.activation, **meta)
+    tile = triton_products.tile_for("fc2", call)
+    if tile != triton_products.PYTORCH:
+        triton_products.fc2(launches, tile, fc2_weight, hidden, fc2_bias, out)
+        return
     branch = _product(hidden, fc2_weight, fc2_bias, call.x.new_empty((rows, channels), dtype=call.compute))
     residual = call.x if call.identity else call.residual
     scale_and_add(branch.view(call.x.shape), call.drop_path, residual, out)
@@ -242,10 +266,13 @@ def backward(
     rows, tokens, channels, _ = launches.sizes
     fc1_weight, _, fc2_weight = launches.matrices()
     statistics = (call.mean, call.var)
+    tile = triton_products.tile_for("middle", call) if call.conv_weight is None else triton_products.PYTORCH
+    # The kernel multiplies by it what it writes.
+    drop_path = call.drop_path if tile == triton_products.PYTORCH else None
     branch_grad = grad
-    if call.drop_path is not None or grad.dtype != call.compute or not grad.is_contiguous():
+    if drop_path is not None or grad.dtype != call.compute or not grad.is_contiguous():
         branch_grad = torch.empty(call.x.shape, dtype=call.compute, device=grad.device)
-        scale_and_add(grad, call.drop_path, None, branch_grad)
+        scale_and_add(grad, drop_path, None, branch_grad)
     branch_grad = branch_grad.view(rows, channels)
 
     affine = norm_weight_grad is not None or norm_bias_grad is not None
@@ -253,7 +280,19 @@ def backward(
     to_value = to_input or fc1_weight_grad is not None or fc1_bias_grad is not None
     of_fc2 = fc2_weight_grad is not None or layer_scale_grad is not None
     to_hidden = to_value or any(gradient is not None for gradient in of_conv)
-    if call.conv_weight is None:
+    branch_sum = None
+    if fc2_bias_grad is not None or (layer_scale_grad is not None and call.fc2_bias is not None):
+        branch_sum = _sum_over_rows(branch_grad, call.drop_path if drop_path is None else None)
+    if tile != triton_products.PYTORCH:
+        value_grad = torch.empty_like(value) if to_value else None
+        hidden = torch.empty_like(value) if of_fc2 else None
+        if to_value or of_fc2:
+            triton_products.middle(
+                launches, tile, fc2_weight, branch_grad, value, value_grad, hidden, fc1_bias_grad
+            )
+        if of_fc2:
+            _fc2_gradients(launches, branch_grad, hidden, branch_sum, fc2_weight_grad, layer_scale_grad)
+    elif call.conv_weight is None:
         value_grad = branch_grad @ fc2_weight if to_value else None
         hidden = torch.empty_like(value) if of_fc2 else None
         if to_value or of_fc2:
@@ -262,13 +301,13 @@ def backward(
                 value, value_grad, hidden, value.numel(), ACTIVATION=call.activation, **meta
             )
         if of_fc2:
-            _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+            _fc2_gradients(launches, branch_grad, hidden, branch_sum, fc2_weight_grad, layer_scale_grad)
         if fc1_bias_grad is not None:
             fc1_bias_grad.copy_(value_grad.sum(0, dtype=torch.float32))
     else:
         hidden, raw = triton_conv.convolve_again(call, value, of_fc2, to_hidden)
         if of_fc2:
-            _fc2_gradients(launches, branch_grad, hidden, fc2_weight_grad, layer_scale_grad)
+            _fc2_gradients(launches, branch_grad, hidden, branch_sum, fc2_weight_grad, layer_scale_grad)
         # Before more of its size is allocated.
         del hidden
         if to_hidden:
@@ -277,8 +316,7 @@ def backward(
                 call, branch_grad @ fc2_weight, value, raw, value_grad, fc1_bias_grad, *of_conv
             )
     if fc2_bias_grad is not None:
-        total = branch_grad.sum(0, dtype=torch.float32)
-        fc2_bias_grad.copy_(total if call.layer_scale is None else total * call.layer_scale)
+        fc2_bias_grad.copy_(branch_sum if call.layer_scale is None else branch_sum * call.layer_scale)
     if fc1_weight_grad is not None:
         if not call.has_normalised:
             normalised = call.x.reshape(rows, channels)
@@ -337,14 +375,26 @@ def backward(
     )
 
 
+def _sum_over_rows(grad: Tensor, drop_path: Tensor | None) -> Tensor:
+    """Sum (C) of packed rows, those of each image times its factor where one is given."""
+    if drop_path is None:
+        return grad.sum(0, dtype=torch.float32)
+    of_images = grad.view(drop_path.shape[0], -1, grad.shape[1]).sum(1, dtype=torch.float32)
+    return (of_images * drop_path[:, None]).sum(0)
+
+
 def _fc2_gradients(
     launches: Any,
     branch_grad: Tensor,
     hidden: Tensor,
+    branch_sum: Tensor | None,
     fc2_weight_grad: Tensor | None,
     layer_scale_grad: Tensor | None,
 ) -> None:
-    """Gradients of fc2's weight and of the layer scale from that of their result (rows, C)."""
+    """Gradients of fc2's weight and of the layer scale from that of their result (rows, C) and its sum (C).
+
+    One of ``branch_grad`` and ``hidden`` has the factors of drop path.
+    """
     call = launches.call
     product = branch_grad.t() @ hidden
     if fc2_weight_grad is not None:
@@ -353,24 +403,34 @@ def _fc2_gradients(
     if layer_scale_grad is not None:
         total = (product.float() * call.fc2_weight.float()).sum(1)
         if call.fc2_bias is not None:
-            total += branch_grad.sum(0, dtype=torch.float32) * call.fc2_bias.float()
+            total += branch_sum * call.fc2_bias.float()
         layer_scale_grad.copy_(total)
 
 
 def launch_count(call: Any, direction: str) -> int:
     """Launches beside those for the matrices and a BatchNorm's statistics; PyTorch's included."""
     biases = [bias for bias in (call.fc1_bias, call.fc2_bias) if bias is not None]
+    with_conv = call.conv_weight is not None
+    kernels = triton_products.can_run(call)
     if direction == "forward":
+        if kernels:
+            # The norm where it is not fc1's, fc1, the convolution, fc2.
+            return (call.has_normalised and call.norm != "batch") + 2 + with_conv
         # The norm, fc1, the activation or the convolution, fc2, the residual.
         return call.has_normalised + 4 + sum(bias.dtype != call.compute for bias in biases)
     scaled = int(call.layer_scale is not None)
+    of_fc2_bias = call.fc2_bias is not None
     # Products: each layer's two; the activation; copies to both weights' gradients; the input's gradient.
     count = 4 + 1 + 2 + 1 + 2 * (call.norm != "none")
-    if call.conv_weight is not None:
+    if with_conv:
         # In the activation's place the convolution, its gradients and their merge, which is fc1's bias's too;
         # the norm once more.
         count += 2 + call.has_normalised - 2 * (call.fc1_bias is not None)
-    count += int(call.drop_path is not None or call.out_dtype != call.compute)
-    count += 2 * len(biases) + scaled * (1 + (call.fc2_bias is not None))
-    # The layer scale's gradient: two casts, product, sum and copy; fc2's bias in it: sum, product, addition.
-    return count + scaled * (5 + 3 * (call.fc2_bias is not None))
+    whole = kernels and not with_conv
+    if whole:
+        # The activation is fc2's; drop path needs the sum over images, its product with the factors and a sum.
+        count += 2 * (call.drop_path is not None and of_fc2_bias) - 1
+    count += int((call.drop_path is not None and not whole) or call.out_dtype != call.compute)
+    count += 2 * len(biases) + scaled * (1 + of_fc2_bias)
+    # The layer scale's gradient: two casts, product, sum and copy; fc2's bias in it: product, addition.
+    return count + scaled * (5 + 2 * of_fc2_bias)

@@ -205,7 +205,7 @@ def test_explain():
     (row,) = explanation.rows()
     assert (row["module"], row["op"], row["backend"]) == ("0", "hr_chain", "reference")
     assert row["call"].startswith("on (2, 8, 6, 5) float32 NCHW, hidden width 32, norm with batch statistics")
-    assert set(row["rejected"]) == {"triton"}
+    assert set(row["rejected"]) == {"triton", "cuda"}
 
 
 @pytest.mark.parametrize(

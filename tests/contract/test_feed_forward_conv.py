@@ -41,7 +41,7 @@ from fused_ops.bench.limits import kernels_chosen
 from fused_ops.bench.traffic import operator_traffic
 from fused_ops.core import library, statistics
 from fused_ops.depthwise import triton as depthwise_triton
-from fused_ops.feed_forward import triton, triton_norm, triton_wide
+from fused_ops.feed_forward import triton, triton_norm, triton_products, triton_wide
 from fused_ops.feed_forward.module import conv_mlp_on_modules
 from fused_ops.feed_forward.op import allocate_backward, allocate_forward
 
@@ -454,7 +454,7 @@ def pytorch_work(arguments):
     ((_, call, _),) = chosen
     found = {}
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for module in (triton, triton_norm, triton_wide, depthwise_triton, statistics):
+        for module in (triton, triton_norm, triton_products, triton_wide, depthwise_triton, statistics):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(module, name, mock.MagicMock()))

@@ -1,7 +1,7 @@
 // The HR chain's launch sequences on OS threads, for the sanitizers: maps are allocated exactly, so
-// AddressSanitizer sees any access outside them, and are odd, strided, and of numbers of channels that fill no
-// vector. Results must be those of the same kernels as coroutines, which the Python tests check against the
-// definition, to the bit.
+// AddressSanitizer sees any access outside them, and are odd, strided, and of numbers of channels that fill
+// no vector. Results must be those of the same kernels as coroutines, which the Python tests check against
+// the definition, to the bit.
 //
 // With a number as argument, every launch passes the barrier of that number in each block without waiting:
 // ThreadSanitizer must report a race.
@@ -87,7 +87,8 @@ class Run {
         std::vector<float> filter_grads[] = {std::vector<float>(9 * c), std::vector<float>(9 * c)};
         std::vector<float> matrix_grads[] = {std::vector<float>(matrix), std::vector<float>(matrix)};
         std::vector<float> vector_grads[] = {std::vector<float>(c), std::vector<float>(shape_.hidden),
-                                             std::vector<float>(c), std::vector<float>(c), std::vector<float>(c)};
+                                             std::vector<float>(c), std::vector<float>(c),
+                                             std::vector<float>(c)};
         HRChainBackwardParams backward{};
         backward.problem = p;
         backward.grad = map(grad, shape_.h, shape_.w, shape_.spare);
@@ -120,7 +121,9 @@ class Run {
                 all.push_back(to_float(value));
             }
         }
-        const auto add = [&](const std::vector<float>& more) { all.insert(all.end(), more.begin(), more.end()); };
+        const auto add = [&](const std::vector<float>& more) {
+            all.insert(all.end(), more.begin(), more.end());
+        };
         add(unbiased);
         for (int i = 0; i < 2; ++i) {
             add(filter_grads[i]);
@@ -155,7 +158,9 @@ class Run {
         const int64_t pixel = shape_.c + spare;
         return {of.data(), {pixel * h * w, 1, pixel * w, pixel}};
     }
-    static DepthwiseWeight filter(std::vector<float>& of) { return {of.data(), ScalarType::float32, 9, 3, 1}; }
+    static DepthwiseWeight filter(std::vector<float>& of) {
+        return {of.data(), ScalarType::float32, 9, 3, 1};
+    }
     static ChannelValues values(std::vector<float>& of) { return {of.data(), ScalarType::float32, 1}; }
 
     Shape shape_;
@@ -184,12 +189,13 @@ int main(int count, char** arguments) {
     }
     emulator::multiprocessors = 4;
 #if defined(__SANITIZE_THREAD__)
-    // A launch takes seconds under ThreadSanitizer. 18 tiles of 32 pixels are several rounds of a cluster; hidden
-    // units beyond 128 with more than 64 channels are several slices.
+    // A launch takes seconds under ThreadSanitizer. 18 tiles of 32 pixels are several rounds of a cluster;
+    // hidden units beyond 128 with more than 64 channels are several slices.
     const Shape shapes[] = {{3, 8, 28, 26, 16, 0, true}, {1, 66, 6, 4, 136, 0, false}};
 #else
-    const Shape shapes[] = {{1, 1, 3, 3, 8, 0, true},     {2, 5, 9, 7, 24, 3, true},    {3, 8, 28, 26, 16, 0, true},
-                            {1, 33, 5, 6, 100, 0, false}, {1, 24, 20, 18, 48, 8, true}, {1, 66, 6, 4, 136, 0, false},
+    const Shape shapes[] = {{1, 1, 3, 3, 8, 0, true},     {2, 5, 9, 7, 24, 3, true},
+                            {3, 8, 28, 26, 16, 0, true},  {1, 33, 5, 6, 100, 0, false},
+                            {1, 24, 20, 18, 48, 8, true}, {1, 66, 6, 4, 136, 0, false},
                             {2, 72, 7, 5, 16, 0, true}};
 #endif
     int failures = 0;
