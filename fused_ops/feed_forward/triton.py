@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ops.core import backends, distributed, tuning
 from fused_ops.core.triton_support import ceil_div, next_power_of_2
-from fused_ops.feed_forward import triton_conv, triton_norm, triton_wide
+from fused_ops.feed_forward import triton_conv, triton_norm, triton_products, triton_wide
 from fused_ops.feed_forward.triton_backward import finish_kernel, input_kernel, weights_kernel
 from fused_ops.feed_forward.triton_forward import forward_kernel
 
@@ -93,6 +93,8 @@ def heuristic(kernel: str, channels: int, hidden: int, size: int) -> Tile:
 
 def tiles(kernel: str, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Tiles worth measuring for a kernel name as :func:`tuning.tile_of` sees it, on (C, hidden)."""
+    if kernel in triton_products.TUNED.values():
+        return triton_products.tiles()
     channels, hidden = sizes
     block_c = _block_c(channels)
     found = []

@@ -13,10 +13,17 @@ from torch import Tensor
 
 from fused_ops.depthwise import triton as depthwise
 from fused_ops.depthwise.op import DepthwiseCall
+from fused_ops.feed_forward import triton_products
 
-tiles = depthwise.tiles
 # Nothing normalises here.
 _NO_STATISTICS = (None, None, None)
+
+
+def tiles(kernel: str, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Tiles worth measuring for a kernel of a chain with a convolution."""
+    if kernel in triton_products.TUNED.values():
+        return triton_products.tiles()
+    return depthwise.tiles(kernel, sizes)
 
 
 def _as_map(values: Tensor, call: Any) -> Tensor:

@@ -1,14 +1,15 @@
 """Products of wide tokens in half precision, with what comes before and after them as prologue and epilogue.
 
-Each is a matrix product in tiles of BLOCK_M rows of tokens x BLOCK_N columns, BLOCK_K of the sum at a time, in
-float32; neighbouring programs share rows and columns in groups of GROUP tiles of rows, so that operands are read
-from L2. PyTorch's products leave their results in memory for a pass of their own; here that pass is the
-epilogue:
+Each is a matrix product in tiles of BLOCK_M rows of tokens x BLOCK_N columns, BLOCK_K of the sum at a time,
+in float32; neighbouring programs share rows and columns in groups of GROUP tiles of rows, so that operands
+are read from L2. PyTorch's products leave their results in memory for a pass of their own; here that pass is
+the epilogue:
 
-    fc1      norm over the batch on load, its output for backward; bias; fc1's result for backward; activation
+    fc1      norm by the batch's statistics on load, its output for backward; bias; fc1's result for backward;
+             activation
     fc2      bias, drop path, residual
-    middle   backward of fc2 and of the activation: the gradient of fc1's result and its sums for fc1's bias, and
-             the activation once more, times drop path, for fc2's weight
+    middle   backward of fc2 and of the activation: the gradient of fc1's result and its sums for fc1's bias,
+             and the activation once more, times drop path, for fc2's weight
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fused_ops.feed_forward.triton_rows import (
 
 @jit
 def tile_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Which tiles of rows and of columns a program has; GROUP tiles of rows take all columns before the next."""
+    """Which tiles a program has: GROUP tiles of rows take all columns before the next."""
     across = tl.cdiv(columns, BLOCK_N)
     first = tl.program_id(0) // (GROUP * across) * GROUP
     together = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
@@ -89,7 +90,7 @@ def fc1_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """fc1 of the norm's output; NORM none: of ``x`` as it is, packed. Outputs that are None are not written."""
+    """fc1 of the norm's output; NORM none: of packed ``x`` as it is. Outputs that are None are not written."""
     row, column = tile_of_program(rows, hidden, BLOCK_M, BLOCK_N, GROUP)
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -215,7 +216,7 @@ def middle_kernel(
 
 
 class Tile(NamedTuple):
-    """A product's tile: rows, columns, terms of the sum at a time, warps. All 0: PyTorch's product and a pass."""
+    """A product's tile: rows, columns, terms at a time, warps. All 0: PyTorch's product, and a pass."""
 
     rows: int
     columns: int
@@ -225,10 +226,14 @@ class Tile(NamedTuple):
 
 PYTORCH = Tile(0, 0, 0, 0)
 
+# Under what the tile of a kernel is tuned.
+TUNED = {kernel: f"feed_forward_{kernel} 16-bit" for kernel in ("fc1", "fc2", "middle")}
 
-def heuristic(columns: int) -> Tile:
+
+def heuristic(kernel: str, columns: int) -> Tile:
     """A rule of thumb: large tiles, and columns that most widths are multiples of."""
-    return Tile(128, 128 if columns % 128 == 0 else 64, 32, 8)
+    # With two tiles of values beside its sums, the kernel in the middle has registers for half as many.
+    return Tile(128, 64 if kernel == "middle" or columns % 128 else 128, 32, 8)
 
 
 def tiles() -> list[tuple[int, ...]]:
@@ -243,7 +248,7 @@ def tiles() -> list[tuple[int, ...]]:
 
 
 def can_run(call: Any) -> bool:
-    """Whether the kernels take the products of ``call``: float32 ones follow PyTorch's flag for TensorFloat-32."""
+    """Whether the kernels take the products of ``call``; float32 ones are left to PyTorch and its flag."""
     return call.compute in (torch.float16, torch.bfloat16)
 
 
@@ -253,10 +258,9 @@ def tile_for(kernel: str, call: Any) -> Tile:
     if not can_run(call):
         return PYTORCH
     columns = channels if kernel == "fc2" else hidden
-    chosen = tuning.tile_of(
-        f"feed_forward_{kernel} 16-bit", (channels, hidden), lambda: heuristic(columns), call.x
+    return Tile(
+        *tuning.tile_of(TUNED[kernel], (channels, hidden), lambda: heuristic(kernel, columns), call.x)
     )
-    return Tile(*chosen)
 
 
 def _launch(tile: Tile, rows: int, columns: int) -> tuple[tuple[int], dict[str, Any]]:
@@ -317,10 +321,8 @@ def fc1(
     )
 
 
-def fc2(
-    launches: Any, tile: Tile, weight: Tensor, hidden: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    """fc2 of ``hidden`` (rows, hidden), drop path and residual; weight and bias are those with layer scale."""
+def fc2(launches: Any, tile: Tile, weight: Tensor, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """fc2 of ``hidden`` (rows, hidden), drop path, residual; weight and bias are those with layer scale."""
     call = launches.call
     rows, tokens, channels, width = launches.sizes
     residual = call.x if call.identity else call.residual

@@ -1,8 +1,7 @@
 """The feed-forward chain with its hidden map in memory: products, and Triton kernels in between.
 
 In half precision norm, activation, residual and their backward are part of the products
-(:mod:`fused_ops.feed_forward.triton_products`), where their tiles were not measured slower; other products are
-PyTorch's.
+(:mod:`fused_ops.feed_forward.triton_products`) unless that was measured slower; other products are PyTorch's.
 
 For wide tokens, of which a tile with all channels leaves no registers for hidden units beside it, and for
 chains with a convolution. The kernels do each other step in one pass over the hidden map or over the tokens:
@@ -428,7 +427,7 @@ def launch_count(call: Any, direction: str) -> int:
         count += 2 + call.has_normalised - 2 * (call.fc1_bias is not None)
     whole = kernels and not with_conv
     if whole:
-        # The activation is fc2's; drop path needs the sum over images, its product with the factors and a sum.
+        # The activation is fc2's; drop path needs the sum over each image, and its product with the factor.
         count += 2 * (call.drop_path is not None and of_fc2_bias) - 1
     count += int((call.drop_path is not None and not whole) or call.out_dtype != call.compute)
     count += 2 * len(biases) + scaled * (1 + of_fc2_bias)

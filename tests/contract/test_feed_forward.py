@@ -5,6 +5,7 @@ Shapes are tiny: every program costs tens of milliseconds in Triton's interprete
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -32,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_ops
 from fused_ops.bench.limits import kernels_chosen
 from fused_ops.bench.traffic import operator_traffic
-from fused_ops.core import library
+from fused_ops.core import library, tuning
 from fused_ops.core.drop_path import DropPath
 from fused_ops.core.triton_support import jit, tl
-from fused_ops.feed_forward import triton, triton_norm
+from fused_ops.feed_forward import triton, triton_norm, triton_products
 from fused_ops.feed_forward.module import mlp_on_modules, residual_mlp
 from fused_ops.feed_forward.triton_rows import activated, activated_gradient
 
@@ -363,14 +364,59 @@ def test_plans_cover_all_rows(sizes):
 @pytest.mark.parametrize("tile", [(16, 16, 4), (32, 16, 8), (64, 32, 4)])
 def test_results_do_not_depend_on_the_tile(tile):
     require("triton", "cpu")
-    from fused_ops.core import tuning
-
     want = run(OPERATOR, arguments_of("scaled"), "triton")
     names = [f"feed_forward_{kernel} 32-bit" for kernel in ("forward", "weights", "input")]
     with tuning.force(names[0], tile), tuning.force(names[1], tile), tuning.force(names[2], tile):
         got = run(OPERATOR, arguments_of("scaled"), "triton")
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+PRODUCTS = [(16, 16, 16, 4), (32, 64, 32, 4), triton_products.PYTORCH]
+
+
+@pytest.mark.parametrize("tile", PRODUCTS)
+@pytest.mark.parametrize("name", ["products_batch", "products_layer", "products_convnext"])
+def test_products_of_wide_tokens_do_not_depend_on_the_tile(name, tile):
+    """Ten tiles of rows, more than a group of them, and PyTorch's products with passes in between."""
+    require("triton", "cpu")
+    arguments = arguments_of(name, torch.float16)
+    rows = arguments["x"].shape
+    generator = torch.Generator().manual_seed(3)
+    for key in ("x", "residual"):
+        if arguments.get(key) is not None:
+            wide = torch.randn((rows[0], 160 // rows[0], rows[2]), generator=generator)
+            arguments[key] = wide.half().requires_grad_()
+    eager, exact = convert(arguments), convert(arguments, torch.float64)
+    with contextlib.ExitStack() as stack:
+        for kernel in triton_products.TUNED.values():
+            stack.enter_context(tuning.force(kernel, tile))
+        got = run(OPERATOR, arguments, "triton")
+    want = run(OPERATOR, exact, "reference")
+    assert_three_way(got, run(OPERATOR, eager, "reference"), want, torch.float16)
+
+
+@jit
+def tiles_kernel(out_ptr, rows, columns, BLOCK: tl.constexpr):
+    row, column = triton_products.tile_of_program(rows, columns, BLOCK, BLOCK, 8)
+    pointer = out_ptr + tl.program_id(0) * 2
+    tl.store(pointer, row)
+    tl.store(pointer + 1, column)
+
+
+def test_tiles_of_products_cover_every_tile_once():
+    """The order in which programs take tiles, by plain loops."""
+    require("triton", "cpu")
+    for rows, columns in ((19, 3), (8, 1), (3, 5), (16, 2)):
+        out = torch.full((rows * columns, 2), -1)
+        tiles_kernel[(rows * columns,)](out, 16 * rows, 16 * columns - 3, BLOCK=16)
+        expected = [
+            (row, column)
+            for first in range(0, rows, 8)
+            for column in range(columns)
+            for row in range(first, min(first + 8, rows))
+        ]
+        assert [tuple(pair) for pair in out.tolist()] == expected
 
 
 # Of the call
