@@ -90,7 +90,7 @@ def fc1_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """fc1 of the norm's output; NORM none: of packed ``x`` as it is. Outputs that are None are not written."""
+    """fc1 of the norm's output; NORM none: of packed ``x``. Outputs that are None are not written."""
     row, column = tile_of_program(rows, hidden, BLOCK_M, BLOCK_N, GROUP)
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
