@@ -140,11 +140,3 @@ def backward(
 
     native.run_stages("hr_chain_backward", tensors, _options(call), exchange=exchange if group else None)
     return gradients
-
-
-def launch_count(call: Any, direction: str) -> int:
-    """Launches for ``call``, PyTorch's copies included; ``backward`` with every gradient."""
-    dtype = call.x.dtype
-    copies = (call.fc1_weight.dtype != dtype) + (call.fc2_weight.dtype != dtype)
-    # Statistics and their merge; the low-resolution branch with two merges, the maps with one per filter.
-    return copies + (1 + 2 * call.batch_stats if direction == "forward" else 6)
