@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ops.core import distributed, library, native
+from fused_ops.core import distributed, environment, library, native
 
 LARGEST_CHANNELS = 128
 DTYPES = (torch.float16, torch.bfloat16)
@@ -17,6 +17,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 # GPUs of compute capability 12 give it.
 _UNITS_PER_BLOCK = (256, 128)
 _LARGEST_CLUSTER = 8
+
+
+@environment.constant_in_graphs
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def can_run(call: Any) -> tuple[bool, str]:
@@ -42,7 +47,7 @@ def can_run(call: Any) -> tuple[bool, str]:
         if not ok:
             return False, reason
         if call.needs_grad and hidden > units:
-            major, minor = torch.cuda.get_device_capability(x.device)
+            major, minor = _capability(x.device.index)
             if major < 9 or (major >= 12 and channels > 96):
                 return False, (
                     f"the hidden width is {hidden} with {channels} channels, and backward has the weights' "

@@ -368,16 +368,18 @@ def test_opcheck():
     check_operators(OPERATOR, arguments_of("train"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_compiles_whole(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", torch.float32), ("triton", torch.float32), ("cuda", torch.float16)]
+)
+def test_compiles_whole(backend, dtype, request):
     """G1, G4: one graph forward and one backward, with eager's results."""
-    if backend == "triton":
-        require("triton", "cpu")
+    if backend != "reference":
+        require(backend, "cpu", request)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused_ops.hr_block, backend=counter, fullgraph=True)
-    want = run(OPERATOR, arguments_of("train"), backend)
-    arguments = arguments_of("train")
+    want = run(OPERATOR, arguments_of("train", dtype), backend)
+    arguments = arguments_of("train", dtype)
     with fused_ops.backend(backend):
         out = compiled(**arguments)
     tensors = {key: t for key, t in named_tensors(arguments).items() if t.requires_grad}
