@@ -154,6 +154,7 @@ def test_counted_bytes(emulator):
             assert 1.0 <= row["counted_bytes"] / row["least_bytes"] <= 1.10, row
     maps = 2 * 2 * 16 * 48 * 48
     counted = {row["kernel"]: row["counted_bytes"] for row in rows}
+    assert counted["hr_chain_forward"] == pytest.approx(2 * maps, rel=0.05)
     # The gradient and two quarters; then the gradient, x, its gradient and two quarters.
     assert counted["hr_chain_low_backward"] == pytest.approx(1.5 * maps, rel=0.1)
     assert counted["hr_chain_maps_backward"] == pytest.approx(3.5 * maps, rel=0.05)
@@ -196,3 +197,17 @@ def test_partial_sums_of_real_models_weigh_less_than_a_tenth(emulator, case):
         emulator.set_plan_only(False)
     for direction, floats in sizes.items():
         assert 2 * 4 * floats < 0.1 * OPERATOR.least_bytes(call, direction), (direction, floats)
+
+
+def test_hidden_units_that_are_not_there_meet_no_infinity(emulator):
+    """Warps have 16 units; zeros stand for the last ones, which infinity must not turn into not-a-number."""
+    norm = fused_ops.BatchNormState(None, None, torch.zeros(8), torch.ones(8), False, 0.1, 1e-5)
+    arguments = arguments_of((1, 8, 6, 6), 20, norm=norm, activation="hardswish")
+    with torch.no_grad():
+        arguments["x"][0, 3, 2, 2] = float("inf")
+    want = run(OPERATOR, convert(arguments), "reference")
+    got = run(OPERATOR, arguments, "cuda")
+    assert want["out"].isnan().any()
+    for name in ("out", "grad x"):
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+    assert torch.isfinite(got["grad x"]).any()
