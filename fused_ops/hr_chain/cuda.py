@@ -12,10 +12,10 @@ from fused_ops.core import distributed, environment, library, native
 LARGEST_CHANNELS = 128
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Hidden units whose weight gradients one thread block holds in registers, for up to 64 channels and for more,
+# Hidden units whose weight gradients one block holds in registers, up to 64 channels, half as many above,
 # and blocks in a cluster (csrc/hr_chain/plan.h). Above 96 channels a block also takes more shared memory than
 # GPUs of compute capability 12 give it.
-_UNITS_PER_BLOCK = (256, 128)
+_UNITS_PER_BLOCK = 256
 _LARGEST_CLUSTER = 8
 
 
@@ -38,7 +38,7 @@ def can_run(call: Any) -> tuple[bool, str]:
         return False, f"x is empty, {tuple(x.shape)}"
     if channels > 1 and x.shape[2] * x.shape[3] > 1 and not library.is_channels_last(x):
         return False, "x is in NCHW order; the CUDA kernels read and write channels_last"
-    units = _UNITS_PER_BLOCK[channels > 64]
+    units = _UNITS_PER_BLOCK if channels <= 64 else _UNITS_PER_BLOCK // 2
     most = units * _LARGEST_CLUSTER
     if call.needs_grad and hidden > most:
         return False, f"the hidden width is {hidden}; the CUDA kernels are for up to {most} in training"
