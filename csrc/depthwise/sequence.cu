@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "../common/scalar.h"
+#include "../common/sequence.h"
 #include "plan.h"
 
 namespace fused_ops {
@@ -19,19 +20,8 @@ namespace {
 
 using namespace depthwise;
 
-#define FUSED_OPS_TRY(CALL)           \
-    if (const char* error = (CALL)) { \
-        return error;                 \
-    }
-
-// What a part and a block of the merge kernels are counted in.
-constexpr int64_t LARGEST_COUNT = 0x7fffffff;
 // For every multiprocessor, where the map has so many.
 constexpr uint64_t BLOCKS_WANTED = 4;
-
-uint32_t ceil_divide(int64_t a, int64_t b) {
-    return static_cast<uint32_t>((a + b - 1) / b);
-}
 
 int element_size(ScalarType type) {
     return type == ScalarType::float32 ? 4 : 2;
@@ -614,8 +604,6 @@ struct BackwardSequence {
         return nullptr;
     }
 };
-
-#undef FUSED_OPS_TRY
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 // The HR chain's launch sequences: what is launched, with which geometry, in which memory.
 #include "../common/cluster.h"
 #include "../common/scalar.h"
+#include "../common/sequence.h"
 #include "../depthwise/plan.h"
 #include "plan.h"
 
@@ -9,17 +10,6 @@ namespace fused_ops {
 namespace {
 
 using namespace hr_chain;
-
-#define FUSED_OPS_TRY(CALL)           \
-    if (const char* error = (CALL)) { \
-        return error;                 \
-    }
-
-constexpr int64_t LARGEST_COUNT = 0x7fffffff;
-
-uint32_t ceil_divide(int64_t value, int64_t by) {
-    return static_cast<uint32_t>((value + by - 1) / by);
-}
 
 const char* check(const HRChainProblem& p) {
     if (p.type == ScalarType::float32) {
@@ -278,7 +268,5 @@ const char* launch_hr_chain_backward(const HRChainBackwardParams& params, void* 
     FUSED_OPS_TRY(sequence.plan(params));
     return sequence.launch(params, stream);
 }
-
-#undef FUSED_OPS_TRY
 
 }  // namespace fused_ops

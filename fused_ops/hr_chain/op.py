@@ -425,7 +425,7 @@ def least_bytes(call: HRChainCall, direction: str) -> int:
     return 4 * x + (3 + call.batch_stats) * low
 
 
-# Not measured: CUDA's come first because they move less and read each pixel once from L2.
+# Not measured: CUDA's come first because they move less.
 BACKENDS = (
     Backend("cuda", cuda.can_run, cuda.forward, cuda.backward),
     Backend("triton", triton.can_run, triton.forward, triton.backward),
